@@ -1,0 +1,59 @@
+# make train   install what is missing into .venv, then train the quickstart
+# make test    install what is missing into .venv, then run the tests
+#
+# PYTHON=python3.12      the interpreter .venv is made with
+# VENV=PATH              an environment of your own instead of .venv; its torch is used as it is
+# TORCH="torch==2.11.0"  what pip installs where no torch can be imported; may hold pip's options
+# RECIPE=grpo_quickstart ARGS="num_steps=5 out=runs/mine"     what make train runs
+# ARGS="-k replay"                                            what make test passes on
+#
+# Everything is installed once: pyproject.toml, CMakeLists.txt and csrc/ are what makes it again.
+
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+RECIPE ?= hrpo_quickstart
+
+python  := $(VENV)/bin/python
+pip     := $(python) -m pip --disable-pip-version-check
+sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.DELETE_ON_ERROR:
+.PHONY: train test
+
+train: $(VENV)/.installed
+	@echo "make: training $(RECIPE)"
+	@$(python) -m fastlatent.train $(RECIPE) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@echo "make: running the tests"
+	@$(python) -m pytest $(ARGS)
+
+$(python):
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "make: $(PYTHON) is Python %d.%d, fastlatent needs 3.11 or later; name one with PYTHON=" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot make environments with pip; install its venv package (Debian: apt install python3-venv)" >&2; exit 1; }
+	@echo "make: making the environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch alone and first: which build of it fits (CPU, CUDA 12, CUDA 13) is the machine's matter, not that of our requirements
+$(VENV)/.torch: | $(python)
+	@$(python) -c 'import torch' 2>/dev/null || { echo "make: installing $(TORCH) into $(VENV), the largest download"; $(pip) install --quiet $(TORCH); }
+	@touch $@
+
+$(VENV)/.installed: $(sources) | $(VENV)/.torch
+	@$(call install,.)
+	@touch $@
+
+# a superset: after it make train finds everything, too
+$(VENV)/.installed-dev: $(sources) | $(VENV)/.torch
+	@$(call install,.[dev])
+	@touch $@ $(VENV)/.installed
+
+# the constraint: peft and others require some torch, and pip must not choose another than the one that is there
+define install
+command -v $${CXX:-c++} >/dev/null || { echo "make: no C++ compiler; install one (Debian: apt install g++), or name it with CXX=" >&2; exit 1; }; \
+echo "make: installing $(1) into $(VENV) and compiling its kernels; torch stays as it is"; \
+$(python) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch-constraint.txt && \
+$(pip) install --quiet --constraint $(VENV)/torch-constraint.txt --editable "$(1)"
+endef

@@ -1,0 +1,13 @@
+"""Measurements, each of which appends JSON lines to `baselines/<hardware>.jsonl`:
+
+    python -m benches.rollout     tokens per second of our engine and of transformers' generate
+    python -m benches.update      seconds and memory of our update and of trl's
+    python -m benches.learning    what finished runs learnt
+    python -m benches.compare     two sets of such lines, changes marked
+"""
+
+import os
+
+# before torch starts its threads, and as fastlatent.train sets them: a benchmark runs the way training does
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,0 +1,70 @@
+"""What the benchmarks start from: the quickstart recipes' configuration, prompts and engines, on the model asked for."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from fastlatent import build
+from fastlatent.cli import Parser
+from fastlatent.config import load_config
+from fastlatent.data.base import DATASETS
+from fastlatent.data.chat import encode_prompt
+from fastlatent.data.order import prompt_indices
+from fastlatent.errors import UserError
+from fastlatent.policy import compute_dtype
+from fastlatent.rollout.base import RolloutEngine
+from fastlatent.schema import Config
+from fastlatent.types import Prompt
+
+RECIPES = {"discrete": "grpo_quickstart", "latent": "hrpo_quickstart"}
+
+
+def parser(name: str, doc: str, rounds: int) -> Parser:
+    """A parser with the arguments that every timed benchmark has."""
+    out = Parser(prog=f"python -m benches.{name}", description=doc.splitlines()[0])
+    out.add_argument("--model", metavar="PATH", help="model.path (default: the quickstart's)")
+    out.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
+    out.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"rounds that count (default: {rounds})")
+    out.add_argument("--out", type=Path, metavar="FILE", help="where the lines go (default: benches/baselines/<hardware>.jsonl)")
+    return out
+
+
+def apply(args: Namespace) -> None:
+    """Check the shared arguments and set the number of threads."""
+    for name in ("threads", "rounds", "batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: wanted 1 or more, got {value}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+
+def config(mode: str, model: str | None, *overrides: str) -> Config:
+    """The quickstart recipe of `mode` (discrete or latent)."""
+    return load_config(RECIPES[mode], overrides=[*([f"model.path={model}"] if model else []), *overrides])
+
+
+def dtype(config: Config) -> torch.dtype:
+    """What every side computes in."""
+    return compute_dtype(config.model, build.device_of(config))
+
+
+def prompts(config: Config, tokenizer, count: int) -> list[Prompt]:
+    """The first `count` prompts of the recipe's training stream."""
+    train = DATASETS.find(config.data.name, "data.name")(config.data, config.seed).train
+    out = []
+    for example in (train[i] for i in prompt_indices(len(train), config.seed, 0, count)):
+        text, token_ids = encode_prompt(tokenizer, example, config.chat)
+        out.append(Prompt(example.id, text, tuple(token_ids), example.answer, example.columns))
+    return out
+
+
+def engine(config: Config, tokenizer) -> RolloutEngine:
+    """The recipe's engine with its untrained weights; the policy they came from is not kept."""
+    policy = build.policy(config)
+    out = build.engine(config, policy, tokenizer)
+    out.load_weights(policy.published(), 0)
+    return out

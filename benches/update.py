@@ -1,0 +1,146 @@
+"""Seconds and memory of one policy update, ours and trl's, on the same completions.
+
+    python -m benches.update [--batch 64] [--threads N] [--model PATH]
+
+The untrained quickstart model draws `--batch` completions with latents; an update is loss, backward, clip and a step of fused
+AdamW. `latent` learns from them as they were drawn, through the method's embedding; `discrete` and `trl` from their tokens alone.
+Half of every group is rewarded, so that no completion can be left out for having no advantage. Drawn tokens that the engine
+replaced are no actions on any side: trl's tensors have one id for what was drawn and what is read.
+
+Before anything is timed the gradient norms of `discrete` and `trl` are compared: they do the same work or nothing is reported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from benches import results, setting
+from benches.memory import peak_bytes
+from benches.results import Result
+from benches.timing import Lap, interleave
+from fastlatent import advantages, build
+from fastlatent.cli import run_command
+from fastlatent.errors import UserError
+from fastlatent.optim import Optimizer
+from fastlatent.schema import Config
+from fastlatent.types import Group, Request, Rollout
+from fastlatent.update import Updater
+
+Update = Callable[[], Tensor]  # makes one update and returns the norm of its gradient
+
+NORM_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest relative difference of two gradient norms that are the same but for rounding."""
+
+
+def draw(config: Config, tokenizer, batch: int) -> list[Group]:
+    """Groups of completions of the recipe's engine, half of each rewarded."""
+    prompts = setting.prompts(config, tokenizer, batch // config.group_size)
+    engine = setting.engine(config, tokenizer)
+    requests = [Request(p, 0, sample) for p in prompts for sample in range(config.group_size)]
+    rollouts = engine.generate(requests, build.sampling_of(config))
+    for r in rollouts:
+        r.acted = [acted and read == drawn for acted, read, drawn in zip(r.acted, r.token_ids, r.target_ids, strict=True)]
+    return [_group(rollouts[i : i + config.group_size], config) for i in range(0, batch, config.group_size)]
+
+
+def _group(rollouts: list[Rollout], config: Config) -> Group:
+    group = Group(rollouts, torch.arange(len(rollouts), dtype=torch.float64) % 2, {})
+    group.advantage_G = advantages.of_group(group, config.objective)
+    return group
+
+
+def without_latents(groups: Sequence[Group]) -> list[Group]:
+    """The same tokens, none of them read as a latent."""
+    return [replace(g, rollouts=[replace(r, latent=[False] * len(r.latent), trace=None) for r in g.rollouts]) for g in groups]
+
+
+def our_update(config: Config, groups: Sequence[Group]) -> Update:
+    policy = build.policy(config)
+    updater = Updater(policy, Optimizer(policy, config), config)
+    return lambda: updater(groups).grad_norm
+
+
+def check_same(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless two gradient norms agree."""
+    difference = abs(float(ours) / float(theirs) - 1)
+    if not difference <= NORM_TOLERANCE[dtype]:
+        raise RuntimeError(f"the two updates differ: gradient norms {float(ours):.6g} (ours) and {float(theirs):.6g} (trl)")
+
+
+def measure(updates: dict[str, Update], rounds: int, num_tokens: int) -> tuple[dict[str, list[Lap]], dict[str, int | None]]:
+    """Laps and peak bytes of every update. All of them have made one before: their moments exist."""
+
+    def lap(update: Update) -> Callable[[int], int]:
+        def run(_: int) -> int:
+            update()
+            return num_tokens
+
+        return run
+
+    laps = interleave({name: lap(update) for name, update in updates.items()}, rounds)
+    return laps, {name: peak_bytes(update) for name, update in updates.items()}
+
+
+def _result(name: str, laps: dict[str, list[Lap]], peaks: dict[str, int | None], facts: dict) -> Result:
+    own, theirs = laps[name], laps["trl"]
+    samples = {"wall_s": [lap.wall_s for lap in own], "cpu_s": [lap.cpu_s for lap in own], "rate_tok_s": [lap.rate for lap in own]}
+    if peaks[name] is not None:
+        samples["peak_bytes"] = [float(peaks[name])]
+    if name != "trl":
+        samples["speed_over_trl"] = [t.wall_s / o.wall_s for o, t in zip(own, theirs, strict=True)]
+    return Result(bench="update", case=f"{facts['completions']} completions", variant=name, samples=samples, facts=facts)
+
+
+def _line(result: Result) -> str:
+    metrics, (low, high) = result.metrics(), result.spread()["wall_s"]
+    memory = f"{metrics['peak_bytes'] / 2**20:8.0f} MiB" if "peak_bytes" in metrics else "       ? MiB"
+    line = f"{result.variant:10s} {metrics['wall_s']:7.3f} s [{low:.3f}, {high:.3f}] {metrics['cpu_s']:7.3f} CPU s {memory}"
+    return line + (f"  {metrics['speed_over_trl']:.2f} x trl's speed" if "speed_over_trl" in metrics else "")
+
+
+def run(args, folder: Path) -> list[Result]:
+    from benches.trl_update import TrlUpdate  # heavy
+
+    discrete, latent = (setting.config(mode, args.model) for mode in ("discrete", "latent"))
+    if args.batch % latent.group_size:
+        raise UserError(f"--batch: wanted a multiple of {latent.group_size}, got {args.batch}")
+    tokenizer = build.tokenizer(latent)
+    groups = draw(latent, tokenizer, args.batch)
+    plain = without_latents(groups)
+    updates: dict[str, Update] = {
+        "latent": our_update(latent, groups), "discrete": our_update(discrete, plain),
+        "trl": TrlUpdate(discrete, tokenizer, plain, folder)}
+    norms = {name: update() for name, update in updates.items()}
+    check_same(norms["discrete"], norms["trl"], setting.dtype(discrete))
+    rollouts = [r for g in groups for r in g.rollouts]
+    num_acted = sum(sum(r.acted) for r in rollouts)
+    facts = {"model": latent.model.path, "completions": len(rollouts), "group_size": latent.group_size,
+             "acted_tokens": num_acted, "prompt_tokens": sum(len(g.rollouts[0].request.prompt.token_ids) for g in groups),
+             "completion_tokens": sum(len(r.token_ids) for r in rollouts), "latent_tokens": sum(sum(r.latent) for r in rollouts),
+             "dtype": str(setting.dtype(discrete)).removeprefix("torch."), "trl": metadata.version("trl")}
+    laps, peaks = measure(updates, args.rounds, num_acted)
+    return [_result(name, laps, peaks, facts) for name in updates]
+
+
+def main(argv: list[str]) -> None:
+    parser = setting.parser("update", __doc__, rounds=7)
+    parser.add_argument("--batch", type=int, default=64, metavar="B", help="completions, a multiple of 8 (default: 64)")
+    args = parser.parse_args(argv)
+    setting.apply(args)
+    machine = results.machine()
+    with TemporaryDirectory() as folder:
+        found = run(args, Path(folder))
+    print("\n".join(map(_line, found)))
+    print(f"{len(found)} lines in {results.append(found, machine, args.out)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,63 @@
+"""The parts of a run, made from its configuration: what training, evaluation, generation and export share."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from fastlatent import models
+from fastlatent.errors import UserError
+from fastlatent.methods.base import METHODS
+from fastlatent.policy import EmbeddingInDtype, Policy, model_info
+from fastlatent.rollout.base import ENGINES, RolloutEngine, match
+from fastlatent.rollout.thinking import ThinkingSpan, eos_ids
+from fastlatent.schema import Config
+from fastlatent.types import Sampling
+
+
+def device_of(config: Config) -> torch.device:
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device: cuda was asked for and torch sees no GPU here")
+    wanted = config.model.device
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+
+
+def sampling_of(config: Config, *, greedy: bool = False) -> Sampling:
+    s = config.sampling
+    return Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, greedy)
+
+
+def tokenizer(config: Config):
+    return models.load_tokenizer(models.resolve_model(config.model.path), config.model.trust_remote_code)
+
+
+def policy(config: Config, *, has_reference: bool = False) -> Policy:
+    """The trainable policy, its masters in float32, the method's parameters drawn from the run's seed."""
+    path = models.resolve_model(config.model.path)
+    model = models.load_causal_lm(path, torch.float32, config.model.trust_remote_code).to(device_of(config))
+    torch.manual_seed(config.seed)  # the initialisers of method parameters and adapters are the only ones to draw from it
+    method = METHODS.find(config.method.name, "method.name")
+    return Policy(model.train(), config.model, method, config.method, has_reference=has_reference)
+
+
+def engine(config: Config, policy: Policy, tokenizer) -> RolloutEngine:
+    """The engine with weights of its own, shaped like the policy's; they arrive with the first load_weights."""
+    member = ENGINES.find(config.engine.name, "engine.name")
+    method = METHODS.find(config.method.name, "method.name")
+    match(method, config.engine.name, member.capabilities)
+    dtype, device = policy.dtype, policy.device
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(policy.base.config, dtype=dtype).to(device)
+    model.tie_weights()
+    info = model_info(model, config.model, dtype)
+    own = method(config.method, info, EmbeddingInDtype(model.get_input_embeddings(), dtype)).to(device)
+    span = ThinkingSpan(tokenizer, info.vocab_size, eos_ids(tokenizer, policy.base.generation_config), config.thinking,
+                        config.answer, device)
+    return member(config.engine, model, own, span, config.seed)
+
+
+def check_engine(config: Config) -> None:
+    """Match method and engine by name before anything heavy is loaded."""
+    method = METHODS.find(config.method.name, "method.name")
+    match(method, config.engine.name, ENGINES.find(config.engine.name, "engine.name").capabilities)

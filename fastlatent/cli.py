@@ -1,0 +1,65 @@
+"""What every command line of the package shares: how errors end it, and how its words are told apart.
+
+`python -m fastlatent.<command>` ends in `run_command(main)`. A UserError is one sentence on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from fastlatent import __version__
+from fastlatent.errors import UserError
+from fastlatent.layers import is_override, recipes
+
+USAGE = "python -m fastlatent.train RECIPE | FILE.yaml ... [key=value ...]"
+
+
+def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Call `main` with the command's words and exit with what it returns: 2 after a UserError, 130 after Ctrl-C."""
+    try:
+        code = main(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors, like everybody else's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The layers (recipes, files) and the overrides of a training command.
+
+    Prints and exits for --help and --version; without any words prints usage and recipes to stderr and exits with 2.
+    """
+    parser = Parser(prog="python -m fastlatent.train", add_help=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="version", version=f"fastlatent {__version__}")
+    args = parser.parse_intermixed_args(argv)
+    if args.help:
+        from fastlatent.helptext import help_text  # imports every family member
+
+        print(help_text())
+        sys.exit(0)
+    if not args.words:
+        print(usage(), file=sys.stderr)
+        sys.exit(2)
+    return [w for w in args.words if not is_override(w)], [w for w in args.words if is_override(w)]
+
+
+def usage() -> str:
+    """How to call it, and what recipes there are."""
+    known = recipes()
+    width = max(map(len, known))
+    lines = [f"  {name:{width}}  {description}" for name, description in known.items()]
+    return "\n".join([f"usage: {USAGE}", "", "recipes:", *lines, "", "--help lists every option."])

@@ -1,0 +1,98 @@
+"""Score a trained run on a file: `python -m fastlatent.evaluate RUN --data FILE` prints accuracy, pass@k with 95 percent
+intervals, lengths and the latent share, and writes every sample to a jsonl file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from fastlatent import build, evaluation
+from fastlatent.cli import Parser, run_command
+from fastlatent.data.base import DATASETS, Example
+from fastlatent.data.chat import encode_prompt
+from fastlatent.data.rows import RowsConfig
+from fastlatent.errors import UserError
+from fastlatent.evaluation import Sample
+from fastlatent.rewards.pool import RewardPool
+from fastlatent.step_metrics import sample_row
+from fastlatent.trained import Trained, add_arguments, open_run
+from fastlatent.types import Prompt
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased chance that at least one of k samples is right: 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374, section 2.1)."""
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half width of the 95 percent interval of a mean over questions (normal approximation)."""
+    return 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def report(samples: Sequence[Sample], num_samples: int) -> list[str]:
+    """The printed table; `samples` holds `num_samples` siblings a question, side by side."""
+    groups = [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
+    correct = [sum(s.is_correct for s in group) for group in groups]
+    lines = [f"questions {len(groups)}, samples per question {num_samples}"]
+    k = 1
+    while k <= num_samples:
+        values = [pass_at_k(num_samples, c, k) for c in correct]
+        name = "accuracy" if num_samples == 1 else f"pass@{k}"
+        lines.append(f"{name:9s} {fmean(values):.4f} +- {interval(values):.4f}")
+        k *= 2
+    rollouts = [s.rollout for s in samples]
+    lengths = [len(r.token_ids) for r in rollouts]
+    lines.append(f"length    {fmean(lengths):.1f} tokens, {fmean(r.num_thinking for r in rollouts):.1f} thinking, "
+                 f"{100 * fmean(r.finish == 'length' for r in rollouts):.1f}% cut")
+    lines.append(f"latent    {100 * sum(sum(r.latent) for r in rollouts) / sum(lengths):.1f}% of the tokens read")
+    return lines
+
+
+def _examples(trained: Trained, path: str | None, limit: int) -> Sequence[Example]:
+    """Rows of FILE by the run's own column names, or the run's held-out data."""
+    config = trained.config
+    if path is None:
+        examples = DATASETS.find(config.data.name, "data.name")(config.data, config.seed).held_out
+    else:
+        member = DATASETS.find("jsonl", "data.name")
+        names = ("question", "answer", "answer_after") if isinstance(config.data, RowsConfig) else ()
+        columns = {name: getattr(config.data, name) for name in names}
+        examples = member(member.Config(train=path, **columns), config.seed).train
+    if not len(examples):
+        raise UserError("--data: the run has no held-out data of its own; wanted --data FILE")
+    return [examples[i] for i in range(min(len(examples), limit or len(examples)))]
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m fastlatent.evaluate", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--data", metavar="FILE", help="jsonl file (default: the run's held-out data)")
+    parser.add_argument("--samples", type=int, default=0, help="samples per question; 0 is one greedy completion")
+    parser.add_argument("--limit", type=int, default=0, help="only the first N questions")
+    parser.add_argument("--out", metavar="FILE", help="where the samples go (default: RUN/evaluation-<step>.jsonl)")
+    args = parser.parse_args(argv)
+    if args.samples < 0 or args.limit < 0:
+        raise UserError("--samples, --limit: wanted 0 or more")
+    if args.data and not Path(args.data).is_file():
+        raise UserError(f"--data: {args.data}: no such file")
+    if args.out and not Path(args.out).parent.is_dir():
+        raise UserError(f"--out: {Path(args.out).parent} is no folder")
+    trained = open_run(args.run, args.checkpoint, args.device)
+    prompts = []
+    for example in _examples(trained, args.data, args.limit):
+        text, token_ids = encode_prompt(trained.tokenizer, example, trained.config.chat)
+        prompts.append(Prompt(example.id, text, tuple(token_ids), example.answer, example.columns))
+    with RewardPool(trained.config.rewards) as pool:
+        samples = evaluation.evaluate(
+            trained.engine(), prompts, build.sampling_of(trained.config, greedy=not args.samples), args.samples or 1,
+            trained.tokenizer, pool, trained.config.thinking.end)
+    out = Path(args.out or Path(args.run) / f"evaluation-{trained.step:06d}.jsonl")
+    out.write_text("".join(json.dumps(sample_row(trained.step, s)) + "\n" for s in samples))
+    print("\n".join([f"checkpoint {trained.path}", *report(samples, args.samples or 1), f"samples   {out}"]))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,95 @@
+"""The names a run may log: every metric with its meaning, every timed span; a name outside the tables is an error.
+
+Names are TRL's where it has one. `time/*` and `perf/*` are measurements; every other value is a function of the
+configuration and the seed, and comes out bit for bit the same again.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+SPANS: dict[str, str] = {
+    "step": "one training step, from the first prompt to the synced weights",
+    "rollout": "drawing completions",
+    "rollout/prefill": "reading the prompts",
+    "rollout/decode": "drawing tokens one by one",
+    "reward": "decoding the text and scoring it",
+    "score_old": "log-probabilities under the weights that sampled",
+    "score_ref": "log-probabilities under the frozen reference",
+    "update": "learning from the step's groups",
+    "update/forward": "forward pass through the blocks",
+    "update/head": "vocabulary head and log-probabilities",
+    "update/backward": "backward pass",
+    "update/optimizer": "gradient clip and optimizer step",
+    "weight_sync": "handing the new weights to the engine",
+    "checkpoint": "saving",
+    "evaluate": "held-out evaluation",
+}
+"""What may be timed with `profiling.span`."""
+
+NAMES: dict[str, str] = {
+    "step": "training steps finished when the line was written",
+    "num_tokens": "completion tokens drawn in the step, filtered groups included",
+    "reward": "mean reward of the completions learnt from",
+    "reward_std": "standard deviation of those rewards over the whole step",
+    "frac_reward_zero_std": "share of drawn groups whose rewards are all equal",
+    "num_groups_filtered": "groups drawn and left out for having no variance",
+    "rewards/{func}/mean": "mean of one reward function, before its weight",
+    "rewards/{func}/std": "standard deviation of one reward function",
+    "advantages/max": "largest magnitude of an advantage",
+    "completions/mean_length": "mean completion length in tokens",
+    "completions/min_length": "shortest completion in tokens",
+    "completions/max_length": "longest completion in tokens",
+    "completions/clipped_ratio": "share of completions cut by their length limit",
+    "completions/mean_terminated_length": "mean length in tokens of the completions that ended by themselves",
+    "thinking/mean_length": "mean number of tokens drawn while thinking",
+    "thinking/forced_ratio": "share of completions whose thinking was ended by force",
+    "entropy": "mean entropy in nats of the sampling distribution, over drawn tokens",
+    "policy_loss": "value of the policy-gradient surrogate",
+    "kl": "mean KL estimate to the frozen reference, in nats per token",
+    "policy/approx_kl": "mean KL estimate (k3) from the weights that sampled to the current ones, in nats per token",
+    "policy/ratio_mean": "mean importance ratio",
+    "clip_ratio/low_mean": "share of tokens clipped at the lower bound of the ratio",
+    "clip_ratio/high_mean": "share of tokens clipped at the upper bound of the ratio",
+    "clip_ratio/region_mean": "share of tokens clipped at either bound",
+    "clip_ratio/dual_mean": "share of tokens whose loss the dual clip bounds",
+    "sampling/sampling_logp_difference/mean": "mean |log-probability when drawn - when recomputed|",
+    "sampling/sampling_logp_difference/max": "largest |log-probability when drawn - when recomputed|",
+    "grad_norm": "norm of the gradient before clipping",
+    "learning_rate": "learning rate of the model's weights in the next optimizer step",
+    "latent/frac_tokens": "share of completion tokens read as latent inputs",
+    "latent/steps_per_completion/mean": "mean number of latent inputs per completion",
+    "latent/gate_mean": "mean of the token's share `a` in a latent input (HRPO); 1 is token-only reasoning",
+    "latent/gate_std": "spread of `a` over dimensions, mean over positions",
+    "latent/gate_min": "least `a` over dimensions, mean over positions",
+    "latent/norm_ratio": "norm of the latent part over the norm of the token's embedding",
+    "latent/replay_err": "largest deviation of a recomputed latent input from the one that was read",
+    "guard/skipped_steps": "optimizer steps skipped so far for a non-finite loss or gradient",
+    "guard/reward_{failure}": "rewards of the step that could not be had, by cause",
+    "eval/accuracy": "held-out accuracy of the greedy completion",
+    "eval/sampled_accuracy": "held-out accuracy of sampled completions",
+    "eval/accuracy_latents_{how}": "held-out greedy accuracy after training with latents on, off, or shuffled among rows",
+    "eval/mean_length": "mean length in tokens of held-out greedy completions",
+    "eval/thinking_length": "mean number of thinking tokens in held-out greedy completions",
+    "perf/tokens_per_s": "completion tokens per second of the whole step",
+    "perf/rollout_tokens_per_s": "completion tokens per second of the rollout",
+    "perf/peak_memory_gb": "most GPU memory allocated so far, in GiB",
+} | {f"time/{name}": f"seconds of {meaning}" for name, meaning in SPANS.items()}
+"""Every metric name and what it says; `{...}` stands for one part without a slash."""
+
+
+@lru_cache(maxsize=1024)
+def check(name: str) -> str:
+    """The entry of NAMES that `name` is or follows; KeyError where there is none."""
+    if name in NAMES:
+        return name
+    for pattern in NAMES:
+        if "{" in pattern and re.fullmatch(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(pattern)), name):
+            return pattern
+    raise KeyError(f"{name!r} is not a metric; the table is fastlatent.metrics.NAMES")
+
+
+def is_reproducible(name: str) -> bool:
+    """Whether a repeated run logs the same value bit for bit."""
+    return not name.startswith(("time/", "perf/"))

@@ -1,0 +1,1 @@
+"""Reward functions: one module each. Importing them never imports torch, so a reward worker starts at once."""

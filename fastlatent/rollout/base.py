@@ -1,0 +1,49 @@
+"""What a rollout engine is, and how every engine turns its buffers into Rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fastlatent.errors import UserError
+from fastlatent.methods.base import Method
+from fastlatent.registry import Family
+from fastlatent.types import Capability, Request, Rollout, Sampling
+
+ENGINES = Family("fastlatent.rollout", "engine")
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    name: str = "hf"
+    """Which engine: a member of fastlatent.rollout or a dotted path."""
+
+
+class RolloutEngine(Protocol):
+    """Draws completions. It knows no method by name: it calls record_spec, start, decide and embed of whatever it was given."""
+
+    capabilities: frozenset[Capability]
+    method: Method  # the engine's own instance; its weights arrive through load_weights under `method.`
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """One rollout per request, in request order."""
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the trainer's weights: model tensors under their Hugging Face names, the method's under `method.`."""
+
+    def released(self) -> AbstractContextManager[None]:
+        """Hand memory back while the trainer updates."""
+
+    def close(self) -> None: ...
+
+
+def match(method: type[Method], engine_name: str, capabilities: frozenset[Capability]) -> None:
+    """Raise UserError unless the engine offers everything the method needs."""
+    if missing := method.needs - capabilities:
+        raise UserError(
+            f"method {method.name!r} needs {', '.join(sorted(c.value for c in missing))}; engine {engine_name!r} offers "
+            f"{', '.join(sorted(c.value for c in capabilities))}")

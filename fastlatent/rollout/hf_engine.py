@@ -1,0 +1,221 @@
+"""The in-process engine: a plain decode loop over a stock transformers model. Always works; the reference for every other.
+
+Each prompt is read once and shared by its group; finished rows are dropped; every tensor stays on the device and the host
+looks at it once every `read_every` steps. On a CPU the key-value places read grow with the text; elsewhere shapes are static.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from fastlatent_kernels import topk_mixture, vocab_head
+from fastlatent_kernels.token_logprob import head_logits
+from torch import Tensor
+
+from fastlatent import attention
+from fastlatent.errors import UserError
+from fastlatent.methods.base import Decision, Method, StepView
+from fastlatent.packing import varlen
+from fastlatent.profiling import span
+from fastlatent.rollout.base import ENGINES, EngineConfig
+from fastlatent.rollout.buffers import Buffers
+from fastlatent.rollout.thinking import ThinkingSpan
+from fastlatent.types import Capability, Request, Rollout, Sampling
+
+
+@dataclass(slots=True)
+class Rows:
+    """The rows still being decoded. `slot_B` says where each one's buffers are; the rest is what the next step needs."""
+
+    slot_B: Tensor
+    place_B: Tensor  # where the next input goes in the cache: prompt length + time
+    counter_B2: Tensor  # prompt id and step * 2^16 + sample, for the noise
+    input_BD: Tensor
+    span: dict[str, Tensor]
+    state: dict[str, Tensor]  # the method's
+    time_B: Tensor  # index of the completion token being drawn
+
+
+@ENGINES.register("hf")
+class HFEngine:
+    capabilities = frozenset({Capability.TOKENS, Capability.MIXTURE, Capability.HIDDEN, Capability.LOGITS})
+
+    @dataclass(kw_only=True)
+    class Config(EngineConfig):
+        name: str = "hf"
+        max_batch: int = 64
+        """Most completions decoded at once."""
+        kv: str = "auto"
+        """growing (fast on a CPU), static (fixed shapes for graphs) or auto: growing on a CPU, static elsewhere."""
+        read_every: int = 0
+        """Steps between two looks of the host at the device; 0: 1 on a CPU, where looking is free, 8 elsewhere."""
+        compile: bool = False
+        """torch.compile the decode step (fullgraph); needs kv=static."""
+
+        def __post_init__(self):
+            if self.kv not in ("auto", "growing", "static"):
+                raise UserError(f"engine.kv: {self.kv!r} is not one of auto, growing, static")
+            if self.compile and self.kv != "static":
+                raise UserError("engine.compile: needs engine.kv=static, because compiled shapes cannot grow")
+            if self.max_batch < 1 or self.read_every < 0:
+                raise UserError("engine.max_batch, engine.read_every: wanted at least 1 and at least 0")
+
+    def __init__(self, config: Config, model, method: Method, span_: ThinkingSpan, seed: int):
+        """`model` is a causal LM of the engine's own, in its compute dtype; `method` an instance bound to its embedding."""
+        self.config, self.model, self.method, self.span = config, model.eval().requires_grad_(False), method.eval(), span_
+        attention.use(model, "model.path")
+        self.device, self.dtype = model.device, model.dtype
+        is_cpu = self.device.type == "cpu"
+        self.is_static = config.kv == "static" or (config.kv == "auto" and not is_cpu)
+        self.read_every = config.read_every or (1 if is_cpu else 8)
+        self.seed = torch.tensor(seed, dtype=torch.int64, device=self.device)
+        self.version = -1
+        self._step = torch.compile(self.step, fullgraph=True, dynamic=False) if config.compile else self.step
+
+    # ---- weights -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        targets = dict(self.model.named_parameters())
+        targets |= {f"method.{name}": value for name, value in self.method.state_dict(keep_vars=True).items()}
+        for name, tensor in tensors:
+            targets.pop(name).copy_(tensor)
+        if targets:
+            raise RuntimeError(f"hf engine: the weight stream lacked {', '.join(sorted(targets)[:3])}")
+        self.version = version
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        yield  # nothing is held between two generate calls but the weights
+
+    def close(self) -> None:
+        pass
+
+    # ---- generation ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        out: list[Rollout | None] = [None] * len(requests)
+        # siblings side by side, so that a prompt is read once
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt.token_ids), requests[i].prompt.id, i))
+        for start in range(0, len(order), self.config.max_batch):
+            chosen = order[start : start + self.config.max_batch]
+            for index, rollout in zip(chosen, self._generate([requests[i] for i in chosen], sampling), strict=True):
+                out[index] = rollout
+        return out
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        max_new = self.span.longest(sampling.max_new_tokens)
+        with span("rollout/prefill"):
+            hidden_BD, cache, length_B = self._prefill(requests, max_new)
+        B, device = len(requests), self.device
+        spec = self.method.record_spec(hidden_BD.shape[1], sampling)
+        buffers = Buffers(B, max_new, spec, device)
+        rows = Rows(
+            slot_B=torch.arange(B, device=device),
+            place_B=length_B,
+            counter_B2=torch.tensor([[r.prompt.id, (r.step << 16) + r.sample] for r in requests], device=device),
+            input_BD=hidden_BD,
+            span=self.span.start(B, device),
+            state=self.method.start(B, device),
+            time_B=torch.zeros(B, dtype=torch.int64, device=device),
+        )
+        longest = max(len(r.prompt.token_ids) for r in requests)
+        with span("rollout/decode"):
+            self.draw(rows, hidden_BD, buffers, sampling)
+            for time in range(1, max_new):
+                if time % self.read_every == 0:
+                    done = rows.span["done"].tolist()
+                    if all(done):
+                        break
+                    rows = self._drop(rows, done, cache, buffers, longest + time)
+                limit = cache.keys[0].shape[2] if self.is_static else longest + time
+                self._step(rows, cache, buffers, sampling, limit)
+            buffers.park(rows.slot_B, rows.span)
+        return buffers.rollouts(requests, self.version)
+
+    def _prefill(self, requests: Sequence[Request], max_new: int) -> tuple[Tensor, attention.KVCache, Tensor]:
+        """Last hidden state [B, D] of each row's prompt, the cache that holds it, and the prompt lengths [B]."""
+        prompts, row_of = [], {}
+        for request in requests:
+            if request.prompt.id not in row_of:
+                row_of[request.prompt.id] = len(prompts)
+                prompts.append(request.prompt.token_ids)
+        layout = varlen([len(ids) for ids in prompts]).to(self.device)
+        token_ids_T = torch.tensor([t for ids in prompts for t in ids], device=self.device)
+        position_T = torch.cat([torch.arange(len(ids)) for ids in prompts]).to(self.device)
+        cache = attention.KVCache(self.model.config, len(prompts), layout.max_seqlen, self.dtype, self.device)
+        input_TD = self.method.embed(token_ids_T, torch.zeros_like(token_ids_T, dtype=torch.bool), None)
+        hidden_TD = self.model.model(
+            inputs_embeds=input_TD[None], position_ids=position_T[None], use_cache=False,
+            layout=attention.Packed(layout, cache)).last_hidden_state[0]
+        row_B = torch.tensor([row_of[r.prompt.id] for r in requests], device=self.device)
+        cache.select(row_B, used=layout.max_seqlen, room=layout.max_seqlen + max_new)
+        last_S = layout.cu_seqlens[1:].long() - 1
+        length_S = layout.cu_seqlens.diff().long()
+        return hidden_TD[last_S][row_B], cache, length_S[row_B]
+
+    def step(self, rows: Rows, cache: attention.KVCache, buffers: Buffers, sampling: Sampling, limit: int) -> None:
+        """Read each row's next input and draw a token from what comes out: the whole decode step, on the device."""
+        layout = attention.Decode.at(cache, rows.place_B, limit)
+        hidden_BD = self.model.model(
+            inputs_embeds=rows.input_BD[:, None], position_ids=rows.place_B[:, None], use_cache=False,
+            layout=layout).last_hidden_state[:, 0]
+        rows.place_B += 1
+        rows.time_B += 1
+        self.draw(rows, hidden_BD, buffers, sampling)
+
+    def draw(self, rows: Rows, hidden_BD: Tensor, buffers: Buffers, sampling: Sampling) -> None:
+        """Draw a token from each hidden state, let the method decide, write down what happened, make the next input."""
+        view = self._head(rows, hidden_BD, sampling)
+        live_B = ~rows.span["done"]
+        drawn_B = view.token_B
+        advance = self.span.advance(drawn_B, rows.span)
+        view.read_B, view.thinking_B = advance.read_B, advance.thinking_B
+        decision: Decision = self.method.decide(view, rows.state)
+        read_B = advance.read_B if decision.token_B is None else decision.token_B
+        acted_B = advance.acted_B if decision.acted_B is None else advance.acted_B & decision.acted_B
+        buffers.write(rows.slot_B, rows.time_B, live_B, view, advance, decision, read_B, acted_B)
+        rows.input_BD = self.method.embed(read_B, decision.latent_B, decision.record or None).to(self.dtype)
+
+    def _head(self, rows: Rows, hidden_BD: Tensor, sampling: Sampling) -> StepView:
+        weight_VD = self.model.lm_head.weight
+        counter_B3 = torch.cat([rows.time_B[:, None], rows.counter_B2], dim=1)
+        needs, extra = self.method.needs, {}
+        if sampling.is_truncated or Capability.LOGITS in needs:
+            logits_BV = head_logits(hidden_BD, weight_VD)
+            extra["logits_BV"] = logits_BV
+        if sampling.is_truncated:
+            head = topk_mixture(logits_BV, sampling.temperature, sampling.top_k, sampling.top_p, self.seed, counter_B3,
+                                sampling.greedy)
+            extra |= {"ids_BK": head.ids_BK, "weights_BK": head.weights_BK}
+            log_kept_B = head.log_kept_B
+        else:
+            table_VD = self.model.get_input_embeddings().weight if Capability.MIXTURE in needs else None
+            head = vocab_head(hidden_BD, weight_VD, sampling.temperature, self.seed, counter_B3, sampling.greedy, table_VD)
+            extra["mixture_BD"] = head.mixture_BD
+            log_kept_B = torch.zeros_like(head.logprob_B)
+        return StepView(
+            token_B=head.token_B, read_B=head.token_B, logprob_B=head.logprob_B, log_kept_B=log_kept_B,
+            entropy_B=head.entropy_B, hidden_BD=hidden_BD, thinking_B=rows.span["done"], seed=self.seed,
+            counter_B3=counter_B3, **extra)
+
+    def _drop(self, rows: Rows, done: list[bool], cache: attention.KVCache, buffers: Buffers, used: int) -> Rows:
+        """Without the finished rows, once enough of them have gathered to pay for moving the others."""
+        alive = [row for row, is_done in enumerate(done) if not is_done]
+        size = len(alive)
+        if self.is_static:  # one shape per power of two: finished rows fill the gap
+            size = min(len(done), 1 << (size - 1).bit_length())
+        if size > 0.9 * len(done):
+            return rows
+        alive += [row for row, is_done in enumerate(done) if is_done][: size - len(alive)]
+        index_B = torch.tensor(alive, device=self.device)
+        buffers.park(rows.slot_B, rows.span)
+        cache.select(index_B, used=used)
+        return Rows(
+            rows.slot_B[index_B], rows.place_B[index_B], rows.counter_B2[index_B], rows.input_BD[index_B],
+            {k: v[index_B] for k, v in rows.span.items()}, {k: v[index_B] for k, v in rows.state.items()},
+            rows.time_B[index_B])

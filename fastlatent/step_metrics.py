@@ -1,0 +1,158 @@
+"""What a step, an evaluation and the ablations say in the log: host numbers, read from the device once, after the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+
+import torch
+from torch import Tensor
+
+from fastlatent.advantages import has_variance
+from fastlatent.evaluation import Sample, accuracy
+from fastlatent.profiling import timings
+from fastlatent.types import Group
+from fastlatent.update import UpdateResult
+
+
+@dataclass(slots=True)
+class Drawn:
+    """Everything drawn in a step, groups that were filtered out included."""
+
+    num_tokens: int = 0
+    num_groups: int = 0
+    num_without_variance: int = 0
+    counters: dict[str, int] = field(default_factory=dict)  # of the reward pool: timeouts, crashes, exceptions, ...
+
+    def add(self, groups: Sequence[Group], report) -> None:
+        self.num_groups += len(groups)
+        self.num_without_variance += sum(not has_variance(g) for g in groups)
+        self.num_tokens += sum(len(r.token_ids) for g in groups for r in g.rollouts)
+        for name, count in report.counters().items():
+            self.counters[name] = self.counters.get(name, 0) + count
+
+
+def of_step(step: int, groups: Sequence[Group], samples: Sequence[Sample], drawn: Drawn, result: UpdateResult,
+            lr: float) -> dict[str, float]:
+    rollouts = [s.rollout for s in samples]
+    out: dict[str, float] = {"step": step, "learning_rate": lr}
+    out |= _rewards(groups, drawn)
+    if rollouts:
+        out |= _completions(samples)
+    out |= _update(result)
+    out["num_tokens"] = drawn.num_tokens
+    seconds = timings()
+    out |= {f"time/{name}": value for name, value in seconds.items()}
+    if seconds.get("rollout"):
+        out["perf/rollout_tokens_per_s"] = drawn.num_tokens / seconds["rollout"]
+    if seconds.get("step"):
+        out["perf/tokens_per_s"] = drawn.num_tokens / seconds["step"]
+    if torch.cuda.is_available():
+        out["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    return out
+
+
+def _rewards(groups: Sequence[Group], drawn: Drawn) -> dict[str, float]:
+    rewards = [r for g in groups for r in g.reward_G.tolist() if not math.isnan(r)]
+    out = {f"guard/reward_{name}": float(count) for name, count in drawn.counters.items()}
+    out["frac_reward_zero_std"] = drawn.num_without_variance / max(drawn.num_groups, 1)
+    out["num_groups_filtered"] = float(drawn.num_groups - len(groups))
+    if not rewards:
+        return out
+    out["reward"] = fmean(rewards)
+    out["reward_std"] = pstdev(rewards)
+    out["advantages/max"] = max(float(g.advantage_G.abs().max()) for g in groups)
+    for name in groups[0].rewards:
+        values = [v for g in groups for v in g.rewards[name] if v is not None]
+        if values:
+            out |= {f"rewards/{name}/mean": fmean(values), f"rewards/{name}/std": pstdev(values)}
+    return out
+
+
+def _completions(samples: Sequence[Sample]) -> dict[str, float]:
+    rollouts = [s.rollout for s in samples]
+    lengths = [len(r.token_ids) for r in rollouts]
+    ended = [n for n, r in zip(lengths, rollouts, strict=True) if r.finish == "stop"]
+    entropies = [e for r in rollouts for e, is_action in zip(r.entropy, r.acted, strict=True) if is_action]
+    out = {
+        "completions/mean_length": fmean(lengths), "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths), "completions/clipped_ratio": 1 - len(ended) / len(lengths),
+        "thinking/mean_length": fmean(r.num_thinking for r in rollouts),
+        "thinking/forced_ratio": fmean(r.forced_end for r in rollouts),
+        "entropy": fmean(entropies),
+    }
+    if ended:
+        out["completions/mean_terminated_length"] = fmean(ended)
+    if any(r.trace is not None for r in rollouts):
+        steps = [sum(r.latent) for r in rollouts]
+        out |= {"latent/steps_per_completion/mean": fmean(steps), "latent/frac_tokens": sum(steps) / sum(lengths)}
+    return out
+
+
+def _update(result: UpdateResult) -> dict[str, float]:
+    if result.loss is None:  # every group was without variance: nothing to learn from
+        return {"grad_norm": 0.0, "policy_loss": 0.0}
+    sums = {name: float(value) for name, value in result.sums.items()}
+    count = max(sums.pop("count"), 1.0)
+    out = {"grad_norm": float(result.grad_norm), "policy_loss": sums["policy_loss"] / len(result.attempts), "kl": sums["kl"] / count,
+           "clip_ratio/low_mean": sums["clip_low"] / count, "clip_ratio/high_mean": sums["clip_high"] / count,
+           "clip_ratio/region_mean": (sums["clip_low"] + sums["clip_high"]) / count,
+           "clip_ratio/dual_mean": sums["dual_clipped"] / count, "policy/approx_kl": sums["approx_kl"] / count,
+           "policy/ratio_mean": sums["ratio"] / count}
+    return out | of_statistics(result.statistics)
+
+
+def of_statistics(statistics: dict[str, Tensor]) -> dict[str, float]:
+    """Means of `Method.statistics` pairs; a statistic without a latent position is left out."""
+    pairs = {name: pair.tolist() for name, pair in statistics.items()}
+    return {name: total / count for name, (total, count) in pairs.items() if count}
+
+
+def sample_rows(step: int, samples: Sequence[Sample], count: int) -> list[dict]:
+    """The first `count` completions of a step, as they go into samples.jsonl."""
+    return [sample_row(step, sample) for sample in samples[:count]]
+
+
+def sample_row(step: int, sample: Sample) -> dict:
+    r = sample.rollout
+    return {
+        "step": step, "prompt_id": r.request.prompt.id, "sample": r.request.sample, "prompt": r.request.prompt.text,
+        "completion": sample.text, "answer": r.request.prompt.answer, "reward": sample.result.total,
+        "rewards": sample.result.values, "finish": r.finish, "forced_end": r.forced_end, "num_tokens": len(r.token_ids),
+        "num_thinking": r.num_thinking, "num_latent": sum(r.latent), "token_ids": r.token_ids}
+
+
+def of_evaluation(step: int, greedy: Sequence[Sample], sampled: Sequence[Sample]) -> dict[str, float]:
+    out = {"step": step, "eval/accuracy": accuracy(greedy),
+           "eval/mean_length": fmean(len(s.rollout.token_ids) for s in greedy),
+           "eval/thinking_length": fmean(s.rollout.num_thinking for s in greedy)}
+    if sampled:
+        out["eval/sampled_accuracy"] = accuracy(sampled)
+    return out
+
+
+def evaluation_line(metrics: dict[str, float]) -> str:
+    line = f"step {metrics['step']}: held-out greedy accuracy {metrics['eval/accuracy']:.3f}"
+    if "eval/sampled_accuracy" in metrics:
+        line += f", sampled {metrics['eval/sampled_accuracy']:.3f}"
+    return f"{line}, {metrics['eval/mean_length']:.1f} tokens ({metrics['eval/thinking_length']:.1f} thinking)"
+
+
+def of_ablations(step: int, samples: dict[str, Sequence[Sample]]) -> dict[str, float]:
+    return {"step": step} | {f"eval/accuracy_latents_{how}": accuracy(rows) for how, rows in samples.items()}
+
+
+def ablation_lines(samples: dict[str, Sequence[Sample]], metrics: dict[str, float]) -> list[str]:
+    """Held-out greedy accuracy by what was done to the latents, each with its standard error; then the gate, if there is one."""
+    lines = []
+    for how, rows in samples.items():
+        p = accuracy(rows)
+        error = math.sqrt(p * (1 - p) / len(rows))
+        thinking = fmean(s.rollout.num_thinking for s in rows)
+        lines.append(f"latents {how:8s} accuracy {p:.3f} (standard error {error:.3f}), mean thinking length {thinking:.1f}")
+    if "latent/gate_mean" in metrics:
+        lines.append(f"gate a: mean {metrics['latent/gate_mean']:.4f}, spread over dimensions {metrics['latent/gate_std']:.4f}, "
+                     f"least {metrics['latent/gate_min']:.4f}")
+    return lines

@@ -1,0 +1,63 @@
+"""A finished (or interrupted) run, opened for use: its configuration, its trained policy, an engine that decodes as it trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastlatent import build, checkpoint
+from fastlatent.config import load_config
+from fastlatent.errors import UserError
+from fastlatent.policy import Policy
+from fastlatent.rollout.base import RolloutEngine
+from fastlatent.schema import Config
+
+
+@dataclass(slots=True)
+class Trained:
+    config: Config
+    policy: Policy
+    tokenizer: object
+    path: Path  # of the checkpoint
+    step: int
+
+    def engine(self) -> RolloutEngine:
+        """An engine with these weights, loaded as version `step`."""
+        engine = build.engine(self.config, self.policy, self.tokenizer)
+        engine.load_weights(self.policy.published(), self.step)
+        return engine
+
+
+def add_arguments(parser) -> None:
+    """The arguments every command on a run shares."""
+    parser.add_argument("run", metavar="RUN", help="run folder, as printed by training")
+    parser.add_argument("--checkpoint", default="best", metavar="WHICH",
+                        help="best (by held-out accuracy, where it was measured), last, or a step number (default: best)")
+    parser.add_argument("--device", default=None, help="auto, cpu or cuda (default: as trained)")
+
+
+def open_run(folder: str, which: str = "best", device: str | None = None) -> Trained:
+    """Load a run's checkpoint into a policy of its configuration."""
+    path = Path(folder)
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{folder}: is no run folder: it has no config.yaml")
+    config = load_config(path / "config.yaml", overrides=[f"model.device={device}"] if device else [])
+    stored = checkpoint.load(_choose(path, which))
+    policy = build.policy(config)
+    policy.restore(stored)
+    policy.eval()
+    return Trained(config, policy, build.tokenizer(config), stored.path, stored.step)
+
+
+def _choose(folder: Path, which: str) -> Path:
+    found = checkpoint.find(folder)
+    if not found:
+        raise UserError(f"{folder}: has no finished checkpoint")
+    if which == "last":
+        return next(reversed(found.values()))
+    if which == "best":
+        newest = checkpoint.load(next(reversed(found.values())))
+        return found.get(newest.state["best_step"], newest.path)
+    if not which.isdigit() or int(which) not in found:
+        raise UserError(f"--checkpoint: {which!r} is not best, last or one of the steps {', '.join(map(str, found))}")
+    return found[int(which)]

@@ -1,0 +1,291 @@
+"""The loop: draw groups, score them, update the policy, hand the new weights to the engine.
+
+    Prompt --engine.generate--> Rollout x G --rewards--> Group --method.advantages--> Group --pack--> Batch
+           --method.score--> Scored --loss--> optimizer --> engine.load_weights(version + 1)
+
+A step is a pure function of (configuration, weights, optimizer state, step number), so a resumed run repeats what an
+uninterrupted one would have done, bit for bit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from hashlib import blake2b
+
+import torch
+
+from fastlatent import advantages, build, evaluation, step_metrics
+from fastlatent.checkpoint import Checkpoint
+from fastlatent.config import to_dict
+from fastlatent.data.base import DATASETS, Dataset, Example
+from fastlatent.data.chat import encode_prompt
+from fastlatent.data.order import prompt_indices
+from fastlatent.errors import UserError
+from fastlatent.evaluation import Sample
+from fastlatent.guard import Guard
+from fastlatent.interrupt import Interrupted, Interrupts
+from fastlatent.live import LiveView
+from fastlatent.optim import Optimizer
+from fastlatent.packing import Item, microbatches, pack
+from fastlatent.profiling import reset_timings, span
+from fastlatent.report import write_report
+from fastlatent.rewards.pool import RewardPool
+from fastlatent.runfolder import RunFolder
+from fastlatent.schema import Config
+from fastlatent.trackers import open_trackers
+from fastlatent.types import Group, Prompt, Request
+from fastlatent.update import Updater, UpdateResult
+
+
+class Trainer:
+    """`Trainer(load_config("hrpo_quickstart")).run()`; everything that can be wrong with the input is found before a model loads."""
+
+    def __init__(self, config: Config, argv: Sequence[str] = ()):
+        self.config = config
+        build.check_engine(config)
+        build.device_of(config)
+        _check_budget(config)
+        self.dataset = _dataset(config)
+        self.trackers = open_trackers(config.log.trackers)
+        self.tokenizer = build.tokenizer(config)
+        self._check_prompts()
+        self.held_out = [self._prompt(e) for e in self._held_out_examples()]
+        with ExitStack() as opened:
+            self.pool = opened.enter_context(RewardPool(config.rewards, columns=_columns(self.dataset)))
+            self.run_folder = RunFolder.open(to_dict(config), list(argv) or sys.argv, self.dataset.fingerprint())
+            opened.callback(self.run_folder.close)
+            self.trackers.start(self.run_folder.path)
+            opened.callback(self.trackers.close)
+            self.policy = build.policy(config, has_reference=config.objective.kl_coef > 0)
+            self.engine = build.engine(config, self.policy, self.tokenizer)
+            opened.callback(self.engine.close)
+            self.optimizer = Optimizer(self.policy, config)
+            self.update = Updater(self.policy, self.optimizer, config)
+            self.has_latents = bool(self.engine.method.record_spec(self.policy.base.config.hidden_size, build.sampling_of(config)))
+            self.last_greedy: list[Sample] = []
+            self.guard = Guard(self.run_folder.path, config.update.max_bad_steps)
+            self.step, self.evaluated_step, self.best_accuracy, self.best_step = 0, -1, -1.0, None
+            if self.run_folder.resumed is not None:
+                self._restore(self.run_folder.resumed)
+                self.run_folder.resumed = None  # as large as the model and its optimizer
+            self._opened = opened.pop_all()
+
+    # ---- the run -------------------------------------------------------------------------------------------------------
+
+    def run(self):
+        """Train to the end (or to an interruption) and return the run folder's path."""
+        config, run = self.config, self.run_folder
+        view = LiveView(config.num_steps, config.log.live)
+        with Interrupts() as interrupts, view:
+            try:
+                if self.step:
+                    view.note(f"resumed {run.path} at step {self.step}")
+                self._sync_weights()
+                self._evaluate(view, interrupts)
+                while self.step < config.num_steps:
+                    self._train_step(view, interrupts)
+                self._finish(view)
+            except Interrupted:
+                self._save()
+                view.note(f"interrupted: saved step {self.step} in {run.path}; go on with out={run.path} resume=auto")
+            finally:
+                self.close()
+        return run.path
+
+    def _train_step(self, view: LiveView, interrupts: Interrupts) -> None:
+        config = self.config
+        reset_timings()
+        # dropout of adapters is the one thing that draws from torch's generator while training
+        torch.manual_seed(_seed_of(config.seed, self.step))
+        with ExitStack() as committed:
+            # from the first optimizer step to the log line nothing may be torn apart: an interruption waits
+            def commit() -> None:
+                committed.enter_context(interrupts.shielded())
+
+            with span("step"):
+                groups, samples, drawn = self._collect()
+                with span("update"):
+                    result = self.update(groups, commit)
+                commit()
+                self.step += 1
+                self._sync_weights()
+            metrics = step_metrics.of_step(self.step, groups, samples, drawn, result, self.optimizer.lr)
+            self.guard.count(self.step, result, metrics)
+            self.run_folder.log(metrics, step_metrics.sample_rows(self.step, samples, config.log.samples))
+            self.trackers.log(metrics, self.step)
+            view.step(metrics)
+            self.guard.check()
+        self._evaluate(view, interrupts)
+        if config.checkpoint.every and self.step % config.checkpoint.every == 0 and self.step < config.num_steps:
+            with interrupts.shielded():
+                self._save()
+
+    def _collect(self) -> tuple[list[Group], list[Sample], step_metrics.Drawn]:
+        """The groups of this step, scored and given their advantages; with filtering, redrawn until they can teach."""
+        config, groups, samples = self.config, [], []
+        drawn = step_metrics.Drawn()
+        rounds = 1 + (config.objective.max_filter_rounds if config.objective.filter_zero_variance else 0)
+        for round_ in range(rounds):
+            # a step's rounds own consecutive places of the endless prompt stream, used or not: a function of the step alone
+            prompts = self._prompts((self.step * rounds + round_) * config.num_prompts)
+            requests = [Request(p, self.step, g) for p in prompts for g in range(config.group_size)]
+            with span("rollout"):
+                rollouts = self.engine.generate(requests, build.sampling_of(config))
+            if any(r.version != self.step for r in rollouts):
+                raise RuntimeError(f"engine sampled under version {rollouts[0].version}, expected {self.step}")
+            with span("reward"):
+                scored, report = evaluation.score(rollouts, self.tokenizer, self.pool, config.thinking.end)
+            fresh = [self._group(scored[i : i + config.group_size]) for i in range(0, len(scored), config.group_size)]
+            drawn.add(fresh, report)
+            for index, group in enumerate(fresh):
+                if not config.objective.filter_zero_variance or advantages.has_variance(group):
+                    groups.append(group)
+                    samples += scored[index * config.group_size : (index + 1) * config.group_size]
+            if len(groups) >= config.num_prompts:
+                break
+        keep = groups[: config.num_prompts]
+        return keep, samples[: len(keep) * config.group_size], drawn
+
+    def _group(self, samples: Sequence[Sample]) -> Group:
+        names = samples[0].result.values
+        group = Group([s.rollout for s in samples], torch.tensor([s.result.total for s in samples], dtype=torch.float64),
+                      {name: [s.result.values[name] for s in samples] for name in names})
+        group.advantage_G = self.policy.method.advantages(group, self.config.objective)
+        return group
+
+    # ---- prompts -------------------------------------------------------------------------------------------------------
+
+    def _prompts(self, start: int) -> list[Prompt]:
+        train = self.dataset.train
+        return [self._prompt(train[i]) for i in prompt_indices(len(train), self.config.seed, start, self.config.num_prompts)]
+
+    def _check_prompts(self) -> None:
+        """Find a prompt that is too long now; those of a procedural dataset, which names no source, are its own making."""
+        if self.dataset.train[0].source:
+            for example in self.dataset.train:
+                self._prompt(example)
+
+    def _prompt(self, example: Example) -> Prompt:
+        text, token_ids = encode_prompt(self.tokenizer, example, self.config.chat)
+        return Prompt(example.id, text, tuple(token_ids), example.answer, example.columns)
+
+    def _held_out_examples(self) -> list[Example]:
+        if not self.config.eval.every:
+            return []
+        held_out = self.dataset.held_out
+        return [held_out[i] for i in range(min(len(held_out), self.config.eval.num_prompts or len(held_out)))]
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, view: LiveView, interrupts: Interrupts) -> None:
+        config = self.config
+        is_due = config.eval.every and (self.step % config.eval.every == 0 or self.step == config.num_steps)
+        if not is_due or self.evaluated_step == self.step:
+            return
+        with span("evaluate"):
+            metrics = self._held_out_metrics()
+        with interrupts.shielded():
+            self.run_folder.log(metrics, [])
+            self.trackers.log(metrics, self.step)
+            view.note(step_metrics.evaluation_line(metrics))
+            self.evaluated_step = self.step
+            if self.step and metrics["eval/accuracy"] > self.best_accuracy:
+                self.best_accuracy, self.best_step = metrics["eval/accuracy"], self.step
+                self._save()
+
+    def _held_out_metrics(self) -> dict[str, float]:
+        greedy = self.last_greedy = self._draw_held_out(greedy=True, num_samples=1)
+        sampled = self._draw_held_out(greedy=False, num_samples=n) if (n := self.config.eval.num_samples) else []
+        return step_metrics.of_evaluation(self.step, greedy, sampled)
+
+    def _draw_held_out(self, *, greedy: bool, num_samples: int) -> list[Sample]:
+        return evaluation.evaluate(
+            self.engine, self.held_out, build.sampling_of(self.config, greedy=greedy), num_samples, self.tokenizer, self.pool,
+            self.config.thinking.end)
+
+    # ---- weights and checkpoints ---------------------------------------------------------------------------------------
+
+    def _sync_weights(self) -> None:
+        with span("weight_sync"):
+            self.engine.load_weights(self.policy.published(), self.step)
+
+    def _save(self) -> None:
+        with span("checkpoint"):
+            tensors, state = self.optimizer.state()
+            state |= {"best_accuracy": self.best_accuracy, "best_step": self.best_step, "guard": self.guard.state(),
+                      "evaluated_step": self.evaluated_step}
+            weights = {name: p.detach() for name, p in self.policy.trainable().items()}
+            self.run_folder.save(self.step, {"weights": weights, "optimizer": tensors}, state,
+                                 protect=[] if self.best_step is None else [self.best_step])
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.step = checkpoint.step
+        self.policy.restore(checkpoint)
+        self.optimizer.load(checkpoint.tensors["optimizer"], checkpoint.state)
+        self.best_accuracy, self.best_step = checkpoint.state["best_accuracy"], checkpoint.state["best_step"]
+        self.evaluated_step = checkpoint.state["evaluated_step"]
+        self.guard.load(checkpoint.state["guard"])
+
+    def _finish(self, view: LiveView) -> None:
+        self._save()
+        if self.config.eval.ablations and self.has_latents:
+            samples = self._ablations()
+            metrics = step_metrics.of_ablations(self.step, samples) | self._latent_statistics(samples["on"])
+            self.run_folder.log(metrics, [])
+            self.trackers.log(metrics, self.step)
+            for line in step_metrics.ablation_lines(samples, metrics):
+                view.note(line)
+        write_report(self.run_folder.path)
+        view.note(f"done: {self.run_folder.path} (report.html, metrics.jsonl, samples.jsonl, checkpoints)")
+
+    def _ablations(self) -> dict[str, list[Sample]]:
+        """Greedy held-out samples with latents as trained, off, and shuffled among rows."""
+        out = {"on": self.last_greedy or self._draw_held_out(greedy=True, num_samples=1)}
+        for how in ("off", "shuffled"):
+            with evaluation.ablated(self.engine, how):
+                out[how] = self._draw_held_out(greedy=True, num_samples=1)
+        return out
+
+    def _latent_statistics(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """The method's latent/* statistics over held-out completions, under the final weights."""
+        items = [Item(s.rollout, 0.0, 0.0) for s in samples]
+        result = UpdateResult()
+        for chunk in microbatches(items, self.config.update.tokens_per_microbatch, share_prompts=False):
+            batch = pack(chunk, self.policy.device)
+            result.add_statistics(self.policy.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
+        return step_metrics.of_statistics(result.statistics)
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+# ---- checks of the configuration that need no tokenizer ----------------------------------------------------------------
+
+
+def _check_budget(config: Config) -> None:
+    longest = config.chat.max_prompt_tokens + config.sampling.max_new_tokens
+    if config.update.tokens_per_microbatch < longest:
+        raise UserError(
+            f"update.tokens_per_microbatch: wanted at least {longest}, the longest sequence (chat.max_prompt_tokens="
+            f"{config.chat.max_prompt_tokens} and sampling.max_new_tokens={config.sampling.max_new_tokens}), got "
+            f"{config.update.tokens_per_microbatch}")
+
+
+def _dataset(config: Config) -> Dataset:
+    dataset = DATASETS.find(config.data.name, "data.name")(config.data, config.seed)
+    if len(dataset.train) < config.num_prompts:
+        raise UserError(f"data: {len(dataset.train)} training rows are fewer than num_prompts={config.num_prompts}")
+    if config.eval.every and not len(dataset.held_out):
+        raise UserError("eval.every: there is no held-out data; wanted data with a held-out part, or eval.every=0")
+    return dataset
+
+
+def _seed_of(seed: int, step: int) -> int:
+    return int.from_bytes(blake2b(b"%d %d" % (seed, step), digest_size=7).digest())
+
+
+def _columns(dataset) -> set[str]:
+    """The columns every training row carries, as its first row shows them."""
+    return set(dataset.train[0].columns)

@@ -1,0 +1,125 @@
+"""One policy update: groups become weighted, packed microbatches; their gradients become one optimizer step (or several).
+
+Nothing here waits for the device: sums stay tensors until the step is over, and a non-finite step is skipped by the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastlatent import objectives
+from fastlatent.methods.base import Method
+from fastlatent.optim import Optimizer
+from fastlatent.packing import Item, microbatches, pack
+from fastlatent.policy import Policy
+from fastlatent.profiling import span
+from fastlatent.schema import Config
+from fastlatent.types import Batch, Group
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One optimizer step: what it learnt from, and whether it was skipped as non-finite (a bool on the device)."""
+
+    batches: list[Batch]
+    is_bad: Tensor
+
+
+@dataclass(slots=True)
+class UpdateResult:
+    """What an update left behind, still on the device."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of objectives.surrogate, over all microbatches
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # latent/* pairs (sum, count) of the first pass
+    loss: Tensor | None = None  # sum over the optimizer steps
+    grad_norm: Tensor | None = None  # largest of the optimizer steps
+    num_tokens: int = 0  # packed tokens read, all passes together
+    attempts: list[Attempt] = field(default_factory=list)  # each optimizer step
+
+    def add_sums(self, sums: dict[str, Tensor]) -> None:
+        _add(self.sums, sums)
+
+    def add_statistics(self, statistics: dict[str, Tensor]) -> None:
+        _add(self.statistics, statistics)
+
+
+def _add(into: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    for name, value in more.items():
+        into[name] = into[name] + value if name in into else value.detach()
+
+
+class Updater:
+    def __init__(self, policy: Policy, optimizer: Optimizer, config: Config):
+        self.policy, self.optimizer, self.config = policy, optimizer, config
+        self.method: Method = policy.method
+        # at the sampling temperature unless told otherwise: the replay law's own
+        self.temperature = config.objective.score_temperature or config.sampling.temperature
+
+    def __call__(self, groups: Sequence[Group], commit: Callable[[], None] = lambda: None) -> UpdateResult:
+        """Learn from `groups`. `commit` is called before every optimizer step: after the first there is no way back."""
+        objective = self.config.objective
+        result = UpdateResult()
+        minibatches = self._minibatches(groups)
+        if objective.num_epochs * len(minibatches) > 1:
+            # in a single pass the recomputed old log-probabilities would equal the new ones bit for bit
+            self._score_old(minibatches)
+        if objective.kl_coef > 0:
+            self._score_reference(minibatches)
+        for epoch in range(objective.num_epochs):
+            for batches in minibatches:
+                self._step(batches, result, commit, is_first=epoch == 0)
+        return result
+
+    def _minibatches(self, groups: Sequence[Group]) -> list[list[Batch]]:
+        """The packed microbatches of each optimizer step. Groups are dealt whole; weights are normalised per optimizer step."""
+        objective, out = self.config.objective, []
+        for part in range(objective.num_minibatches):
+            rollouts, advantage = [], []
+            for group in groups[part :: objective.num_minibatches]:
+                rollouts += group.rollouts
+                advantage += group.advantage_G.tolist()
+            weight = objectives.token_weights(rollouts, objective, self.config.sampling.max_new_tokens)
+            needs_all = objective.kl_coef > 0 or objective.entropy_coef > 0
+            # without KL and entropy terms an advantage of 0 contributes no gradient, so its tokens need no pass
+            items = [Item(r, a, w) for r, a, w in zip(rollouts, advantage, weight, strict=True) if w and (a or needs_all)]
+            if items:
+                update = self.config.update
+                chunks = microbatches(items, update.tokens_per_microbatch, update.share_prompts)
+                out.append([pack(chunk, self.policy.device, update.share_prompts) for chunk in chunks])
+        return out
+
+    @torch.no_grad()
+    def _score_old(self, minibatches: list[list[Batch]]) -> None:
+        with span("score_old"):
+            for batch in (b for batches in minibatches for b in batches):
+                batch.old_logprob_A = self.policy.score(batch, self.temperature).logprob_A
+
+    def _score_reference(self, minibatches: list[list[Batch]]) -> None:
+        with span("score_ref"):
+            for batch in (b for batches in minibatches for b in batches):
+                batch.ref_logprob_A = self.policy.reference_logprob(batch, self.temperature)
+
+    def _step(self, batches: list[Batch], result: UpdateResult, commit: Callable[[], None], is_first: bool) -> None:
+        total = torch.zeros((), device=self.policy.device)
+        for batch in batches:
+            loss = self.method.loss(
+                self.method.score(self.policy, batch, self.temperature), batch, self.config.objective)
+            with span("update/backward"):
+                loss.value.backward()
+            total += loss.value.detach()
+            result.num_tokens += batch.num_tokens
+            result.add_sums(loss.sums)
+            if is_first:
+                result.add_statistics(self.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
+        with span("update/optimizer"):
+            norm = self.optimizer.clip()
+            is_bad = ~(norm.isfinite() & total.isfinite())
+            commit()
+            self.optimizer.step(is_bad)
+        result.loss = total if result.loss is None else result.loss + total
+        result.grad_norm = norm if result.grad_norm is None else torch.maximum(result.grad_norm, norm)
+        result.attempts.append(Attempt(batches, is_bad))

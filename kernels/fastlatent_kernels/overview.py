@@ -1,0 +1,38 @@
+"""Which backend every op would use on this machine, and why not the others."""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+import torch
+
+from fastlatent_kernels.dispatch import OPS, BackendUnavailable
+
+
+class Choice(NamedTuple):
+    op: str
+    device: str
+    dtype: str
+    backend: str  # what a call would use; "none" where a backend named for all ops makes it raise
+    refusals: dict[str, str]  # backends that cannot run it, each with the reason
+
+
+def choices() -> list[Choice]:
+    """One entry per op, device and dtype, for a call at its smallest test shape."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [_choice(name, device, dtype) for name in sorted(OPS) for device in devices
+            for dtype in (torch.float32, torch.bfloat16)]
+
+
+def _choice(name: str, device: str, dtype: torch.dtype) -> Choice:
+    op = OPS[name]
+    cases = importlib.import_module(f"{op.__module__}.cases")
+    inputs = cases.make_inputs(cases.TEST_SHAPES[0], dtype=dtype, device=device)
+    reasons = {backend: op.why_not(backend, **inputs) for backend in op.order}
+    refusals = {backend: reason for backend, reason in reasons.items() if reason is not None}
+    try:
+        chosen = op.chosen(**inputs)
+    except BackendUnavailable as error:
+        chosen, refusals = "none", refusals | {error.backend: error.reason}
+    return Choice(name, device, str(dtype).removeprefix("torch."), chosen, refusals)

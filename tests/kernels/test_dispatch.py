@@ -1,0 +1,88 @@
+"""How a backend is chosen, refused and named."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastlatent_kernels import BackendUnavailable, dispatch, hrpo_gate, topk_mixture, use_backend
+from fastlatent_kernels.overview import choices
+
+
+def topk_args(dtype=torch.float32):
+    return torch.randn(2, 9).to(dtype), 1.0, 3, 1.0, torch.tensor(0), torch.zeros(2, 3, dtype=torch.int64), False
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """An op of one argument whose two backends sit in no module of their own."""
+    monkeypatch.setattr(dispatch, "OPS", {})
+    monkeypatch.setattr(dispatch, "_load", lambda module: "rocket is not installed" if "rocket" in module else None)
+
+    @dispatch.op(backends=("rocket", "fast", "slow"))
+    def double(x):
+        return x + x, "reference"
+
+    double.backend("fast", supports=lambda x: None if x > 0 else "fast needs a positive number")(lambda x: (2 * x, "fast"))
+    double.backend("slow", supports=lambda x: None if x > -5 else "slow needs a number above -5")(lambda x: (2 * x, "slow"))
+    return double
+
+
+def test_the_first_backend_that_can_is_chosen(toy):
+    assert [toy(x) for x in (1, -1, -9)] == [(2, "fast"), (-2, "slow"), (-18, "reference")]
+    assert [toy.chosen(x) for x in (1, -1, -9)] == ["fast", "slow", "reference"]
+
+
+def test_a_backend_asked_for_by_name_runs_or_raises_with_its_reason(toy):
+    assert toy(1, backend="slow") == (2, "slow") and toy(1, backend="reference") == (2, "reference")
+    for name, x, reason in (("fast", -1, "fast needs a positive number"), ("rocket", 1, "rocket is not installed"),
+                            ("warp", 1, r"warp is no backend of it \(it has rocket, fast, slow, reference\)")):
+        with pytest.raises(BackendUnavailable, match=f"^double: {reason}$"):
+            toy(x, backend=name)
+        with use_backend(name), pytest.raises(BackendUnavailable, match=f"^double: {reason}$"):
+            toy(x)
+        with use_backend(name), pytest.raises(BackendUnavailable):
+            toy.chosen(x)
+    with use_backend("slow"):
+        assert toy(1) == (2, "slow")
+        with use_backend("fast"):
+            assert toy(1) == (2, "fast")
+        assert toy(1) == (2, "slow")
+    assert toy(1) == (2, "fast")
+
+
+def test_only_a_missing_optional_package_means_unavailable(monkeypatch):
+    def missing(name):
+        def fail(module):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return fail
+
+    dispatch._load.cache_clear()
+    monkeypatch.setattr(dispatch.importlib, "import_module", missing("triton"))
+    assert hrpo_gate.why_not("reference") is None
+    assert topk_mixture.why_not("native", *topk_args()) == "triton is not installed"
+    dispatch._load.cache_clear()
+    monkeypatch.setattr(dispatch.importlib, "import_module", missing("fastlatent_kernels.oops"))
+    with pytest.raises(ModuleNotFoundError, match="oops"):
+        topk_mixture(*topk_args())
+    dispatch._load.cache_clear()
+
+
+def test_native_refuses_what_it_cannot_run():
+    assert topk_mixture.chosen(*topk_args()) == "native"
+    assert topk_mixture.chosen(*topk_args(torch.float64)) == "reference"
+    with pytest.raises(BackendUnavailable, match="^topk_mixture: native takes float32 and bfloat16 tensors on the CPU$"):
+        topk_mixture(*topk_args(torch.float64), backend="native")
+
+
+def test_the_environment_names_a_backend_and_the_overview_says_what_it_does():
+    def overview(backend):
+        return subprocess.run([sys.executable, "-m", "fastlatent_kernels"], capture_output=True, text=True, check=True,
+                              env={"FASTLATENT_BACKEND": backend, "PYTHONPATH": "kernels"}).stdout
+
+    lines = overview("native").splitlines()
+    assert any(line.split()[:4] == ["topk_mixture", "cpu", "float32", "native"] for line in lines)
+    at = next(i for i, line in enumerate(lines) if line.split()[:4] == ["hrpo_gate", "cpu", "float32", "none"])
+    assert lines[at + 1].strip() == "not native: native is no backend of it (it has reference)"
+    assert {choice.op for choice in choices()} == set(dispatch.OPS)
+    assert {choice.backend for choice in choices() if choice.op == "vocab_head" and choice.device == "cpu"} == {"native"}

@@ -1,0 +1,103 @@
+"""token_logprob against plain log_softmax and autograd, and what it never does: hold the whole logits, or work for nothing."""
+
+import pytest
+import torch
+from fastlatent_kernels import token_logprob
+from fastlatent_kernels.token_logprob import head_logits
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def plain(hidden_AD, weight_VD, target_A, temperature):
+    logp_AV = ((hidden_AD @ weight_VD.t()) / temperature).log_softmax(dim=1)
+    return logp_AV.gather(1, target_A[:, None])[:, 0], -(logp_AV.exp() * logp_AV).sum(dim=1)
+
+
+def inputs(A, D, V, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    new = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return new(A, D), new(V, D), torch.randint(V, (A,), generator=generator)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("wanted", [(1, 0), (0, 1), (1, 1)], ids=["logprob", "entropy", "both"])
+def test_values_and_gradients_are_those_of_log_softmax(temperature, wanted):
+    hidden, weight, target = inputs(150, 11, 70)
+    direction = torch.randn(2, 150, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for f in (token_logprob, plain):
+        outputs = f(hidden, weight, target, temperature)
+        loss = sum((out * direction[i]).sum() for i, out in enumerate(outputs) if wanted[i])
+        results.append((*outputs, *torch.autograd.grad(loss, (hidden, weight))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_float32_master_weights_serve_bfloat16_hidden_states():
+    hidden, weight, target = inputs(200, 16, 90, torch.float32)
+    rounded = hidden.detach().bfloat16().requires_grad_()
+    logprob, entropy = token_logprob(rounded, weight, target)
+    (logprob.sum() + 0.1 * entropy.sum()).backward()
+    assert logprob.dtype == entropy.dtype == weight.grad.dtype == torch.float32 and rounded.grad.dtype == torch.bfloat16
+    exact_hidden, exact_weight = rounded.detach().double().requires_grad_(), weight.detach().bfloat16().double().requires_grad_()
+    exact = plain(exact_hidden, exact_weight, target, 1.0)
+    (exact[0].sum() + 0.1 * exact[1].sum()).backward()
+    for got, want in ((logprob, exact[0]), (entropy, exact[1]), (rounded.grad, exact_hidden.grad), (weight.grad, exact_weight.grad)):
+        assert (got.double() - want).norm() < 0.01 * want.norm()
+
+
+def test_frozen_weights_or_hidden_states_get_no_gradient():
+    hidden, weight, target = inputs(70, 5, 30)
+    want = torch.autograd.grad(plain(hidden, weight, target, 1.0)[0].sum(), (hidden, weight))
+    (grad,) = torch.autograd.grad(token_logprob(hidden, weight.detach(), target)[0].sum(), hidden)
+    torch.testing.assert_close(grad, want[0])
+    (grad,) = torch.autograd.grad(token_logprob(hidden.detach(), weight, target)[0].sum(), weight)
+    torch.testing.assert_close(grad, want[1])
+
+
+class Watch(TorchDispatchMode):
+    """Sizes of everything made, and how many matrix products made it."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("A", [512, 1500])
+def test_nothing_of_a_quarter_of_the_logits_ever_exists(A):
+    hidden, weight, target = inputs(A, 8, 1000, torch.float32)
+    with Watch() as watch:
+        logprob, entropy = token_logprob(hidden, weight, target)
+        (logprob + entropy).sum().backward()
+    assert 0 < watch.largest < A * 1000 / 4
+
+
+def test_products_nobody_asked_for_are_not_computed():
+    hidden, weight, target = inputs(64, 8, 40, torch.float32)  # one chunk
+    with Watch() as frozen:
+        token_logprob(hidden, weight.detach(), target)[0].sum().backward()
+    with Watch() as both:
+        token_logprob(hidden, weight, target)[0].sum().backward()
+    assert (frozen.products, both.products) == (3, 4)  # logits, logits again, d hidden (, d weight)
+
+
+def test_no_rows_are_fine():
+    hidden, weight, target = inputs(0, 8, 40)
+    logprob, entropy = token_logprob(hidden, weight, target)
+    (logprob.sum() + entropy.sum()).backward()
+    assert logprob.shape == entropy.shape == (0,) and torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_head_logits_are_float32_without_gradient():
+    hidden, weight, _ = inputs(5, 8, 40, torch.float32)
+    logits = head_logits(hidden.bfloat16(), weight)
+    assert logits.dtype == torch.float32 and not logits.requires_grad
+    torch.testing.assert_close(logits, hidden @ weight.t(), rtol=0.05, atol=0.05)
+    assert torch.equal(head_logits(hidden, weight), hidden @ weight.t())

@@ -1,0 +1,96 @@
+"""What every command shares: one sentence and exit code 2 for bad input, and a --help that leaves nothing out."""
+
+import dataclasses
+
+import pytest
+
+from fastlatent import __version__
+from fastlatent.cli import parse_args, run_command
+from fastlatent.config import family, member_schema
+from fastlatent.errors import UserError
+from fastlatent.helptext import field_docs, help_text, options
+from fastlatent.layers import recipes
+from fastlatent.schema import FAMILIES, Config, LoraConfig
+
+
+def exit_code(function, *args) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        function(*args)
+    return exit_.value.code
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(capsys):
+    def main(argv):
+        raise UserError(f"{argv[0]}: no such thing")
+
+    assert exit_code(run_command, main, ["x"]) == 2
+    assert capsys.readouterr() == ("", "error: x: no such thing\n")
+
+
+def test_interruption_is_exit_code_130_and_success_0(capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert exit_code(run_command, interrupted, []) == 130
+    assert exit_code(run_command, lambda argv: None, []) in (0, None)
+    assert exit_code(run_command, lambda argv: 3, []) == 3
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bug_is_not_hidden():
+    def main(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command(main, [])
+
+
+def test_words_are_layers_or_overrides():
+    words = ["hrpo_quickstart", "optim.lr=1e-6", "runs/lr=1/config.yaml", "chat.system=a=b", "rewards.0.weight=-1"]
+    assert parse_args(words) == (["hrpo_quickstart", "runs/lr=1/config.yaml"],
+                                 ["optim.lr=1e-6", "chat.system=a=b", "rewards.0.weight=-1"])
+
+
+def test_unknown_flag_is_bad_input():
+    with pytest.raises(UserError, match="--lr"):
+        parse_args(["hrpo_quickstart", "--lr"])
+
+
+def test_without_words_usage_and_every_recipe_are_printed(capsys):
+    assert exit_code(parse_args, []) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: python -m fastlatent.train")
+    for name, description in recipes().items():
+        assert name in err and description in err
+
+
+def test_version_is_printed(capsys):
+    assert exit_code(parse_args, ["--version"]) == 0
+    assert capsys.readouterr().out == f"fastlatent {__version__}\n"
+
+
+def test_help_lists_every_option_and_every_member(capsys):
+    assert exit_code(parse_args, ["hrpo_quickstart", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text == help_text() + "\n"
+    paths = [path for path, _, _ in options(Config) if path not in FAMILIES]
+    assert {"seed", "optim.lr", "model.lora", "model.lora.r", "thinking.stop"} <= set(paths) and len(paths) > 60
+    for path in paths:
+        assert f"\n  {path}=" in text
+    for key in FAMILIES:
+        for name in family(key).names():
+            assert f".name={name}" in text
+            for field in dataclasses.fields(member_schema(key, name, key)):
+                assert f".{field.name}" in text
+    assert "  optim.lr=1e-06\n      Learning rate of the model" in text
+    assert "  model.lora=null\n      Train low-rank adapters" in text
+
+
+def test_every_option_is_explained():
+    schemas = [member_schema(key, name, key) for key in FAMILIES for name in family(key).names()]
+    entries = [entry for schema in (Config, *schemas) for entry in options(schema)]
+    assert [path for path, _, doc in entries if not doc] == []
+
+
+def test_docstring_of_a_field_is_the_string_beneath_it():
+    assert field_docs(LoraConfig)["r"] == "Rank of the update."

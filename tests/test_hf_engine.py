@@ -1,0 +1,132 @@
+"""The in-process engine's decode step: one graph, no recompiles, no host synchronisation; and its answers to odd requests."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlatent.errors import UserError
+from fastlatent.methods.base import METHODS
+from fastlatent.rollout.base import match
+from fastlatent.rollout.hf_engine import HFEngine
+from fastlatent.schema import AnswerConfig, ThinkingConfig
+from fastlatent.types import Capability, Sampling
+
+FREE = (ThinkingConfig(end="####"), AnswerConfig())
+FORCED = (ThinkingConfig(end="####", force="\n#### ", max_tokens=12, stop=["\n"]), AnswerConfig(max_tokens=6, stop=["\n"]))
+SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
+
+
+class Syncs(TorchDispatchMode):
+    """Names of the operators that make the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in SYNCS:
+            self.seen.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("top_k", [0, 20])
+@pytest.mark.parametrize("method", METHODS.names())
+def test_a_decode_step_never_waits_for_the_device(method, top_k):
+    engine = tiny.engine(tiny.policy(method), *FORCED, kv="static")
+    original, seen = engine._step, []
+
+    def watched(*args):
+        with Syncs() as syncs:
+            original(*args)
+        seen.append(syncs.seen)
+
+    engine._step = watched
+    engine.generate(tiny.requests(tiny.prompts([5, 9]), 3), Sampling(temperature=0.8, top_k=top_k, max_new_tokens=32))
+    assert len(seen) > 10
+    assert not any(seen), seen
+
+
+def test_the_sync_detector_detects():
+    with Syncs() as syncs:
+        torch.ones(2).sum().item()
+        torch.ones(2).nonzero()
+    assert syncs.seen == ["aten::_local_scalar_dense", "aten::nonzero"]
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_the_decode_step_is_one_graph_without_recompiles(method):
+    """fullgraph=True raises on a graph break; error_on_recompile on any further shape, over 100 steps."""
+    torch._dynamo.reset()
+    policy = tiny.policy(method)
+    requests, sampling = tiny.requests(tiny.prompts([5, 9]), 2), Sampling(temperature=0.8, max_new_tokens=120)
+    compiled = tiny.engine(policy, *FREE, kv="static", compile=True, read_every=200)
+    first_step, steps = compiled._step, []
+
+    def counted(*args):
+        with torch._dynamo.config.patch(error_on_recompile=len(steps) > 0):
+            first_step(*args)
+        steps.append(1)
+
+    compiled._step = counted
+    rollouts = compiled.generate(requests, sampling)
+    assert len(steps) >= 100
+    plain = tiny.engine(policy, *FREE, kv="static", read_every=200).generate(requests, sampling)
+    assert [r.token_ids for r in rollouts] == [r.token_ids for r in plain]
+
+
+def test_finished_rows_are_dropped():
+    engine = tiny.engine(tiny.policy("grpo"), *FORCED)
+    original, sizes = engine._step, []
+
+    def watched(rows, *args):
+        sizes.append(rows.slot_B.shape[0])
+        original(rows, *args)
+
+    engine._step = watched
+    rollouts = engine.generate(tiny.requests(tiny.prompts([5, 9, 7]), 8), Sampling(temperature=0.8, max_new_tokens=32))
+    needed = sum(len(r.token_ids) for r in rollouts)
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
+    assert sum(sizes) <= 1.25 * needed
+
+
+def test_greedy_takes_the_likeliest_token_whatever_the_step():
+    engine = tiny.engine(tiny.policy("hrpo"), *FORCED)
+    prompts, sampling = tiny.prompts([5, 9]), Sampling(temperature=0.8, max_new_tokens=32, greedy=True)
+    first = engine.generate(tiny.requests(prompts, 2, step=0), sampling)
+    later = engine.generate(tiny.requests(prompts, 2, step=3), sampling)
+    assert [r.token_ids for r in first] == [r.token_ids for r in later]
+    assert first[0].token_ids == first[1].token_ids
+
+
+def test_every_published_tensor_arrives_bit_for_bit():
+    policy = tiny.policy("hrpo", is_tied=True)
+    engine = tiny.engine(policy, *FORCED)
+    stream = dict(policy.published())
+    arrived = dict(engine.model.named_parameters()) | {f"method.{n}": p for n, p in engine.method.named_parameters()}
+    assert set(stream) == set(arrived)
+    for name, tensor in stream.items():
+        assert torch.equal(tensor, arrived[name]), name
+    assert engine.model.lm_head.weight is engine.model.get_input_embeddings().weight
+
+
+def test_a_stream_that_lacks_a_weight_is_refused():
+    policy = tiny.policy("hrpo")
+    engine = tiny.engine(policy, *FORCED)
+    with pytest.raises(RuntimeError, match="lacked method.gate_lambda"):
+        engine.load_weights(((n, t) for n, t in policy.published() if n != "method.gate_lambda"), 1)
+
+
+def test_what_an_engine_cannot_do_is_said_by_name():
+    class Needy(METHODS.find("grpo", "")):
+        name, needs = "needy", frozenset({Capability.HIDDEN, Capability.RESTART})
+
+    with pytest.raises(UserError, match="method 'needy' needs RESTART; engine 'hf' offers HIDDEN, LOGITS, MIXTURE, TOKENS"):
+        match(Needy, "hf", HFEngine.capabilities)
+
+
+def test_compiling_a_growing_cache_is_refused():
+    with pytest.raises(UserError, match="engine.compile: needs engine.kv=static"):
+        tiny.engine(tiny.policy("grpo"), *FREE, kv="growing", compile=True)

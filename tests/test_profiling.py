@@ -1,0 +1,161 @@
+import time
+import timeit
+
+import pytest
+import torch
+
+from fastlatent import profiling
+from fastlatent.profiling import reset_timings, span, timings
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    reset_timings()
+    yield
+    reset_timings()
+
+
+class Ranges:
+    def __init__(self):
+        self.open, self.seen = [], []
+
+    def push(self, name):
+        self.open.append(name)
+        self.seen.append("/".join(self.open))
+
+    def pop(self):
+        self.open.pop()
+
+
+def test_a_span_measures_its_block_and_adds_up():
+    expected = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        with span("reward"):
+            time.sleep(0.01)
+        expected += time.perf_counter() - start
+    assert 0.03 <= timings()["reward"] <= expected
+    assert expected - timings()["reward"] < 0.01
+    reset_timings()
+    assert timings() == {}
+
+
+def test_an_outer_span_holds_its_inner_ones():
+    with span("update"):
+        with span("update/forward"):
+            time.sleep(0.005)
+        with span("update/backward"):
+            time.sleep(0.005)
+    seconds = timings()
+    assert seconds["update"] >= seconds["update/forward"] + seconds["update/backward"] >= 0.01
+
+
+def test_an_exception_closes_every_range_and_travels_on(monkeypatch):
+    ranges = Ranges()
+    monkeypatch.setattr(profiling, "_ranges", ranges)
+    with pytest.raises(ZeroDivisionError):
+        with span("update"):
+            with span("update/head"):
+                1 / 0
+    assert ranges.open == [] and ranges.seen == ["update", "update/update/head"]
+    assert set(timings()) == {"update", "update/head"}
+
+
+def test_a_name_outside_the_table_is_an_error():
+    with pytest.raises(KeyError, match="is not a span"):
+        with span("lunch"):
+            pass
+
+
+def test_torch_profiler_shows_the_span_with_what_ran_in_it():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with span("update/forward"):
+            torch.ones(4).cumsum(0)
+    events = {event.name: event for event in profile.events()}
+    assert events["aten::cumsum"].cpu_parent is events["update/forward"]
+
+
+def test_a_span_neither_breaks_nor_times_a_compiled_region():
+    def double(x):
+        with span("rollout/decode"):
+            return x * 2
+
+    compiled = torch.compile(double, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(2)).tolist() == [2, 2]
+    assert timings() == {}
+    double(torch.ones(2))
+    assert set(timings()) == {"rollout/decode"}
+
+
+def test_a_span_costs_about_a_microsecond_while_nothing_records():
+    def spanned():
+        with span("step"):
+            pass
+
+    assert min(timeit.repeat(spanned, number=1000, repeat=20)) / 1000 < 5e-6
+
+
+class FakeDevice:
+    """A stream of work with its own clock, in place of CUDA."""
+
+    def __init__(self, monkeypatch):
+        self.now_ms, self.num_waits, self.is_capturing = 0.0, 0, False
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at_ms = device.now_ms
+
+            def synchronize(self):
+                device.num_waits += 1
+
+            def elapsed_time(self, other):
+                return other.at_ms - self.at_ms
+
+        monkeypatch.setattr(profiling, "_HAS_CUDA", True)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.is_capturing)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+
+def test_on_a_device_nobody_waits_before_the_times_are_read(monkeypatch):
+    device = FakeDevice(monkeypatch)
+    for _ in range(2):
+        with span("step"):
+            device.now_ms += 1
+            with span("update"):
+                device.now_ms += 250
+    assert device.num_waits == 0
+    assert timings() == {"step": 0.502, "update": 0.5}
+    assert device.num_waits == 4
+    assert timings() == {"step": 0.502, "update": 0.5}
+
+
+def test_inside_a_graph_capture_a_span_does_nothing(monkeypatch):
+    device, ranges = FakeDevice(monkeypatch), Ranges()
+    monkeypatch.setattr(profiling, "_ranges", ranges)
+    device.is_capturing = True
+    with span("rollout/decode"):
+        device.now_ms += 5
+    assert timings() == {} and ranges.seen == []
+
+
+@pytest.mark.gpu
+def test_cuda_time_is_the_streams_and_capture_leaves_no_range():
+    x = torch.ones(64, device="cuda")
+    torch.cuda.synchronize()
+    with span("update/forward"):
+        torch.cuda._sleep(200_000_000)
+    host = time.perf_counter()
+    assert timings()["update/forward"] > 0.02
+    assert time.perf_counter() - host > 0.01  # it was the reading that waited
+    reset_timings()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with span("rollout/decode"):
+            x += 1
+    graph.replay()
+    assert timings() == {} and x[0].item() == 2

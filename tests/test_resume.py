@@ -1,0 +1,383 @@
+"""An interrupted run ends as if nothing had happened: same tokens, same weights, same metrics, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+
+from fastlatent import checkpoint, train
+from fastlatent.cli import run_command
+from fastlatent.config import load_config
+from fastlatent.guard import TrainingDiverged
+from fastlatent.log import read
+from fastlatent.metrics import is_reproducible
+from fastlatent.optim import Optimizer
+from fastlatent.packing import Batch
+from fastlatent.runfolder import RunFolder
+from fastlatent.trainer import Trainer
+from fastlatent.types import Varlen
+
+# many small steps, each with four optimizer steps, so that moments and schedule matter
+WORDS = [
+    "hrpo_quickstart", "data.name=jsonl", "data.train=rows.jsonl", "data.held_out_size=4", "num_prompts=2", "group_size=3",
+    "sampling.max_new_tokens=16", "thinking.max_tokens=8", "answer.max_tokens=3", "optim.schedule=cosine", "optim.lr=1e-3",
+    "objective.num_epochs=2", "objective.num_minibatches=2", "eval.num_prompts=3", "eval.num_samples=1", "eval.every=3",
+    "eval.ablations=false", "checkpoint.every=1", "log.samples=99", "log.live=off", "rewards=[{name: odd.odd}]"]
+LORA = ["model.lora={r: 4, alpha: 8, dropout: 0.1}", "sampling.top_k=20"]
+REWARD = "def odd(completion):\n    return float(len(completion) % 2)\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory with a model, a reward function of the user's own and sixteen questions."""
+    path = tmp_path_factory.mktemp("resume")
+    tiny.save(path / "model")
+    (path / "odd.py").write_text(REWARD)
+    rows = [{"question": f"Tom has {n} apples and buys 30 more.", "answer": str(n + 30)} for n in range(16)]
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def words(out: str, num_steps: int, *more: str) -> list[str]:
+    """The command that starts the run in `out`, or goes on with it."""
+    again = ["resume=auto"] if (Path(out) / "config.yaml").exists() else []
+    return [*WORDS, "model.path=model", f"out={out}", f"num_steps={num_steps}", *again, *more]
+
+
+def trainer(out: str, num_steps: int, *more: str) -> Trainer:
+    return Trainer(load_config(*words(out, num_steps, *more)))
+
+
+def outcome(path: Path) -> dict:
+    """Everything of a finished run that is a function of configuration and seed."""
+    last = checkpoint.load(checkpoint.latest(path))
+    tensors = {f"{group}/{name}": tensor for group, named in last.tensors.items() for name, tensor in named.items()}
+    state = {name: value for name, value in last.state.items() if name != "logs"}
+    metrics = [{name: value for name, value in row.items() if is_reproducible(name)} for row in read(path / "metrics.jsonl")]
+    return {"metrics": metrics, "samples": read(path / "samples.jsonl"), "state": state, "tensors": tensors,
+            "checkpoints": list(checkpoint.find(path))}
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    for name in ("metrics", "samples", "state", "checkpoints"):
+        assert ours[name] == theirs[name], name
+    assert ours["tensors"].keys() == theirs["tensors"].keys()
+    for name, tensor in ours["tensors"].items():
+        assert torch.equal(tensor, theirs["tensors"][name]), name
+
+
+# ---- killed ------------------------------------------------------------------------------------------------------------
+
+
+def session(folder: Path, argv: list[str]) -> None:
+    """A training command in a process forked from one that has imported everything already."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    run_command(train.main, argv)
+
+
+@pytest.fixture(scope="module")
+def start(folder):
+    """Start a session in a process of its own; imports are paid once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastlatent.trainer", "test_resume"])
+
+    def start_(argv: list[str]):
+        process = context.Process(target=session, args=(folder, argv))
+        process.start()
+        return process
+
+    return start_
+
+
+def finish(process) -> int:
+    process.join(120)
+    assert process.exitcode is not None, "the session hangs"
+    return process.exitcode
+
+
+def temporaries(run: Path) -> set[str]:
+    return {path.name for path in (run / "checkpoints").glob(".tmp-*")}
+
+
+def kill_inside_save(process, run: Path, delay_s: float) -> bool:
+    """SIGKILL soon after a save has begun; whether it had not ended."""
+    before = temporaries(run)
+    deadline = time.monotonic() + 60
+    while temporaries(run) <= before:
+        assert process.is_alive() and time.monotonic() < deadline, "the session saves nothing"
+    time.sleep(delay_s)
+    process.kill()
+    finish(process)
+    return not temporaries(run) <= before
+
+
+def test_a_run_killed_twenty_times_ends_as_if_nothing_had_happened(folder, start, monkeypatch):
+    monkeypatch.chdir(folder)
+    num_steps, began = 60, time.monotonic()
+    first = start(words("straight", num_steps))
+    while not read(folder / "straight" / "metrics.jsonl"):
+        time.sleep(0.002)
+    start_s = time.monotonic() - began
+    assert finish(first) == 0
+
+    rng, num_inside, run = random.Random(0), 0, folder / "chain"
+    for attempt in range(20):
+        process = start(words("chain", num_steps))
+        if attempt % 5 < 3:
+            num_inside += kill_inside_save(process, run, rng.uniform(0, 0.003))
+        else:
+            time.sleep(rng.uniform(0, 1.5 * start_s))
+            process.kill()
+            finish(process)
+        assert process.exitcode == -signal.SIGKILL
+    assert num_inside >= 8
+    assert finish(start(words("chain", num_steps))) == 0
+    straight = outcome(folder / "straight")
+    assert_same(outcome(run), straight)
+    assert_learnt(straight)
+
+
+def assert_learnt(result: dict) -> None:
+    """Or all of this would compare runs in which nothing moves."""
+    steps = [row for row in result["metrics"] if "reward" in row]
+    assert sum(row["grad_norm"] > 0 for row in steps) > len(steps) / 2
+    assert len({row["learning_rate"] for row in steps}) > len(steps) / 2
+    assert len({tuple(row["token_ids"]) for row in result["samples"]}) > len(result["samples"]) / 2
+
+
+def test_adapters_with_dropout_go_on_after_a_kill(folder, start, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert finish(start(words("lora-straight", 5, *LORA))) == 0
+    process = start(words("lora", 5, *LORA))
+    while max(checkpoint.find(folder / "lora"), default=0) < 2:
+        assert process.is_alive()
+    process.kill()
+    finish(process)
+    assert finish(start(words("lora", 5, *LORA))) == 0
+    straight = outcome(folder / "lora-straight")
+    assert_same(outcome(folder / "lora"), straight)
+    assert_learnt(straight)
+
+
+# ---- asked to stop -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_process_with_exit_code_0_and_a_checkpoint(folder, start, monkeypatch, number):
+    monkeypatch.chdir(folder)
+    run = folder / f"asked-{number}"
+    process = start(words(run.name, 10_000))
+    while not checkpoint.find(run):
+        assert process.is_alive()
+    os.kill(process.pid, number)
+    assert finish(process) == 0
+    assert checkpoint.load(checkpoint.latest(run)).step == max(row["step"] for row in read(run / "metrics.jsonl"))
+    assert not temporaries(run)
+
+
+def signal_at(monkeypatch, owner, name: str, call: int, is_after: bool) -> list:
+    """Send ourselves a SIGTERM right before, or right after, the given call of a method; returns where calls are counted."""
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call and not is_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        result = original(*args, **kwargs)
+        if len(calls) == call and is_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(owner, name, wrapped)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        result = outcome(trainer("uninterrupted", 4).run())
+    assert_learnt(result)
+    return result
+
+
+# every step has four optimizer steps: the 6th is in the middle of step 2, the 8th is its last
+@pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("owner, name, call, left_at", [
+    (Trainer, "_collect", 2, {False: 1, True: 1}),
+    (Optimizer, "clip", 5, {False: 1, True: 1}),
+    (Optimizer, "step", 5, {False: 2, True: 2}),
+    (Optimizer, "step", 6, {False: 2, True: 2}),
+    (Optimizer, "step", 8, {False: 2, True: 2}),
+    (Trainer, "_sync_weights", 3, {False: 2, True: 2}),
+    (RunFolder, "log", 3, {False: 2, True: 2}),
+    (Trainer, "_held_out_metrics", 2, {False: 3, True: 3}),
+    (Trainer, "_save", 2, {False: 2, True: 2}),
+], ids=lambda value: value if isinstance(value, str) else None)
+def test_a_signal_at_any_place_of_a_step_leaves_a_whole_step(
+        inside, uninterrupted, monkeypatch, owner, name, call, left_at, is_after):
+    out = f"signal-{name}-{call}-{is_after}"
+    with monkeypatch.context() as patch:
+        calls = signal_at(patch, owner, name, call, is_after)
+        path = trainer(out, 4).run()
+        assert len(calls) >= call
+    newest = checkpoint.load(checkpoint.latest(path))
+    assert newest.step == left_at[is_after]
+    assert [row["step"] for row in read(path / "metrics.jsonl") if "reward" in row] == list(range(1, newest.step + 1))
+    assert_same(outcome(trainer(out, 4).run()), uninterrupted)
+
+
+# ---- what is not finite --------------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch, steps: set[int], minibatch: int) -> dict:
+    """Make the loss of one minibatch of these steps infinite; returns the weights before and after each step."""
+    weights, calls = {}, []
+    original = Trainer._train_step
+
+    def step(self, view, interrupts):
+        now = self.step + 1
+        calls.clear()
+        weights[now] = [{name: p.detach().clone() for name, p in self.policy.trainable().items()}]
+        loss = self.policy.method.loss
+
+        def poisoned(scored, batch, objective):
+            calls.append(now)
+            if now in steps and len(calls) % 2 == minibatch:
+                batch.advantage_A = torch.full_like(batch.advantage_A, torch.inf)
+            return loss(scored, batch, objective)
+
+        monkeypatch.setattr(self.policy.method, "loss", poisoned)
+        try:
+            original(self, view, interrupts)
+        finally:
+            monkeypatch.setattr(self.policy.method, "loss", loss)
+            weights[now].append({name: p.detach().clone() for name, p in self.policy.trainable().items()})
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    return weights
+
+
+def batches_of(path: Path, device: torch.device) -> list[Batch]:
+    """The microbatches of a reproduction file."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    out = []
+    for index in sorted({name.partition(".")[0] for name in tensors}, key=int):
+        mine = {name.partition(".")[2]: value for name, value in tensors.items() if name.partition(".")[0] == index}
+        layout = {name.removeprefix("varlen."): value for name, value in mine.items() if name.startswith("varlen.")}
+        record = {name.removeprefix("record."): value for name, value in mine.items() if name.startswith("record.")}
+        plain = {name: value for name, value in mine.items() if "." not in name}
+        where = Varlen(max_seqlen=layout["unpack_SL"].shape[1], **layout)
+        out.append(Batch(record_T=record or None, varlen=where, **plain).to(device))
+    return out
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_written_down(inside, monkeypatch):
+    weights = poison(monkeypatch, {2}, minibatch=1)
+    run = trainer("poisoned", 3, "objective.num_epochs=1", "objective.num_minibatches=1")
+    path = run.run()
+    rows = [row for row in read(path / "metrics.jsonl") if "reward" in row]
+    assert [row["guard/skipped_steps"] for row in rows] == [0, 1, 1]
+    assert all(torch.equal(tensor, weights[2][1][name]) for name, tensor in weights[2][0].items())
+    for step in (1, 3):
+        assert not all(torch.equal(tensor, weights[step][1][name]) for name, tensor in weights[step][0].items())
+    assert [p.name for p in path.glob("bad-step-*")] == ["bad-step-000002.safetensors"]
+    # from the file and the weights of that step alone the loss can be computed again
+    with torch.no_grad():
+        for name, parameter in run.policy.trainable().items():
+            parameter.copy_(weights[2][0][name])
+        losses = [run.policy.method.loss(run.policy.score(batch, 0.8), batch, run.config.objective).value
+                  for batch in batches_of(path / "bad-step-000002.safetensors", run.policy.device)]
+    assert losses and not all(loss.isfinite() for loss in losses)
+
+
+def test_the_minibatch_that_was_not_finite_is_the_one_written_down(inside, monkeypatch):
+    weights = poison(monkeypatch, {2}, minibatch=0)
+    path = trainer("half-poisoned", 2, "objective.num_epochs=1").run()
+    assert not all(torch.equal(tensor, weights[2][1][name]) for name, tensor in weights[2][0].items())
+    batches = batches_of(path / "bad-step-000002.safetensors", torch.device("cpu"))
+    assert batches and all(batch.advantage_A.isinf().all() for batch in batches)
+
+
+def test_steps_that_stay_not_finite_end_the_run_and_keep_the_last_good_checkpoint(inside, monkeypatch):
+    weights = poison(monkeypatch, {2, 3, 4, 5}, minibatch=1)
+    more = ["objective.num_epochs=1", "objective.num_minibatches=1", "update.max_bad_steps=2"]
+    with pytest.raises(TrainingDiverged, match="2 steps in a row .* bad-step-000003.safetensors"):
+        trainer("diverged", 9, *more).run()
+    path = Path("diverged")
+    assert [row["guard/skipped_steps"] for row in read(path / "metrics.jsonl") if "reward" in row] == [0, 1, 2]
+    newest = checkpoint.load(checkpoint.latest(path))
+    assert newest.step == 2
+    assert all(torch.equal(tensor, weights[1][1][name]) for name, tensor in newest.tensors["weights"].items())
+    assert all(tensor.isfinite().all() for group in newest.tensors.values() for tensor in group.values())
+
+
+# ---- checkpoints that cannot be gone on from -----------------------------------------------------------------------------
+
+
+def flip_a_byte(newest: Path) -> None:
+    content = bytearray((newest / "weights.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "weights.safetensors").write_bytes(content)
+
+
+def cut(newest: Path) -> None:
+    os.truncate(newest / "optimizer.safetensors", 100)
+
+
+def of_another_model(newest: Path) -> None:
+    tensors = checkpoint.load(newest).tensors
+    tensors["weights"]["model.lm_head.weight"] = torch.zeros(3, 3)
+    checkpoint.save(newest.parent.parent, 2, tensors, checkpoint.load(newest).state, keep=9)
+
+
+def of_another_method(newest: Path) -> None:
+    stored = checkpoint.load(newest)
+    del stored.tensors["weights"]["method.gate_lambda"]
+    checkpoint.save(newest.parent.parent, 2, stored.tensors, stored.state, keep=9)
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (flip_a_byte, "weights.safetensors: its SHA-256 is not the one in COMPLETE: the file is corrupt"),
+    (cut, "optimizer.safetensors: has 100 bytes, wanted "),
+    (of_another_model, "step-000002: model.lm_head.weight is [3, 3], wanted ["),
+    (of_another_method, "step-000002: does not fit this model: 'method.gate_lambda' is in only one of the two"),
+])
+def test_a_checkpoint_that_is_damaged_or_foreign_is_refused_in_one_sentence(inside, uninterrupted, capsys, damage, sentence):
+    shutil.rmtree("damaged", ignore_errors=True)
+    shutil.copytree("uninterrupted", "damaged")
+    for step in list(checkpoint.find(Path("damaged")))[:-1]:
+        shutil.rmtree(checkpoint.find(Path("damaged"))[step])
+    newest = checkpoint.latest(Path("damaged"))
+    if damage in (of_another_model, of_another_method):
+        newest = newest.rename(newest.with_name("step-000001"))
+    damage(newest)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run_command(train.main, words("damaged", 4))
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and sentence in err

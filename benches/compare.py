@@ -1,7 +1,7 @@
 """Hold results side by side: `python -m benches.compare A B` marks every metric that changed by more than 15 percent.
 
-A and B are files of results, or `FILE@COMMIT` for the lines of one commit; of lines about the same thing the newest counts.
-Exits with 1 where something got worse, or where A measured what B did not.
+A and B are files of results, or `FILE@COMMIT` for the lines of one commit; of lines about the same thing the newest
+counts. Exits with 1 where something got worse, or where A measured what B did not.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m benches.compare", description=__doc__)
     parser.add_argument("before", metavar="A")
     parser.add_argument("after", metavar="B")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="relative change that is marked (default: 0.15)")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="relative change to mark (default: 0.15)")
     args = parser.parse_args(argv)
     before, after = load(args.before), load(args.after)
     places = [{results.hardware_name(row["hardware"]) for row in rows.values()} for rows in (before, after)]

@@ -23,17 +23,17 @@ class Generate:
         self.sampling = build.sampling_of(config)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def drawing(self, requests: Sequence[Request], stop_ids: list[int], max_new_tokens: int) -> Callable[[int], int]:
-        """A function that draws a row for each request and returns the number of tokens; its argument seeds the draw."""
+    def drawing(self, requests: Sequence[Request], stop_ids: list[int]) -> Callable[[int], int]:
+        """A function that draws a row for each request and returns the number of tokens; its argument is the seed."""
         input_ids_BP, mask_BP = _left_padded([r.prompt.token_ids for r in requests], self.pad_id)
         input_ids_BP, mask_BP = input_ids_BP.to(self.model.device), mask_BP.to(self.model.device)
         s = self.sampling
         generation_config = GenerationConfig(
-            do_sample=True, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, max_new_tokens=max_new_tokens,
-            eos_token_id=stop_ids or None, pad_token_id=self.pad_id)
+            do_sample=True, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
+            max_new_tokens=s.max_new_tokens, eos_token_id=stop_ids or None, pad_token_id=self.pad_id)
 
         def draw(number: int) -> int:
-            # set on the model: generate fills what is None in an argument from the model's own, and None means no EOS here
+            # set on the model: generate fills what is None in an argument from there, and None means no EOS here
             self.model.generation_config = generation_config
             torch.manual_seed(number)
             out_BL = self.model.generate(input_ids=input_ids_BP, attention_mask=mask_BP)

@@ -1,7 +1,7 @@
 """What finished runs learnt: `python -m benches.learning RUN...` appends one line for each run folder.
 
-Rewards are those of the training steps, accuracies those of greedy held-out completions; hardware, commit, versions and threads
-are the run's own. `wall_s` lasts from the run's manifest to its report, so a run that was interrupted has none.
+Rewards are those of the training steps, accuracies those of greedy held-out completions; hardware, commit, versions
+and threads are the run's own. `wall_s` lasts from the run's manifest to its report, so a resumed run has none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from fastlatent import log, manifest
 from fastlatent.cli import Parser, run_command
 from fastlatent.errors import UserError
 
-Rows = list[dict[str, Any]]
+FACTS = {"thinking_length": "thinking/mean_length", "gate_mean": "latent/gate_mean", "gate_std": "latent/gate_std"} | {
+    f"accuracy_latents_{how}": f"eval/accuracy_latents_{how}" for how in ("on", "off", "shuffled")}
+"""Facts of a line, and the metrics whose last logged values they are."""
 
 FIRST, LAST = 3, 5
 """Steps averaged at either end of a run."""
@@ -34,27 +36,17 @@ def result(folder: Path) -> Result:
         raise UserError(f"{folder}: wanted a finished run of at least {LAST} steps, found {len(steps)} steps")
     rewards = [row["reward"] for row in steps]
     samples = {"reward_last": [fmean(rewards[-LAST:])]}
-    facts = {"recipe": story["config"]["recipe"], "seed": story["seed"], "steps": len(steps), "reward_step_1": rewards[0],
-             "reward_first": fmean(rewards[:FIRST]), "steps_s": _total(steps, "time/step"),
-             "thinking_length": steps[-1].get("thinking/mean_length"), "gate_mean": steps[-1].get("latent/gate_mean")}
+    facts = {"model": story["config"]["model"]["path"], "steps": len(steps), "reward_step_1": rewards[0],
+             "reward_first": fmean(rewards[:FIRST]), "steps_s": math.fsum(row["time/step"] for row in steps)}
+    logged = {name: value for row in rows for name, value in row.items() if value is not None}  # the last one stays
+    facts |= {fact: logged[name] for fact, name in FACTS.items() if name in logged}
     accuracies = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
     if accuracies:
         facts["accuracy_before"], samples["accuracy_after"] = accuracies[0], [accuracies[-1]]
-    facts |= _ablations(rows)
     if not story["sessions"]:
         samples["wall_s"] = [_wall_s(folder, story)]
-    return Result(bench="learning", case=story["config"]["recipe"], variant=f"seed {story['seed']}", samples=samples,
-                  facts={name: value for name, value in facts.items() if value is not None})
-
-
-def _ablations(rows: Rows) -> dict[str, float]:
-    """Accuracies with the latents changed, where the run measured them."""
-    prefix = "eval/accuracy_"
-    return {name.removeprefix("eval/"): value for row in rows for name, value in row.items() if name.startswith(prefix)}
-
-
-def _total(rows: Rows, name: str) -> float:
-    return math.fsum(row.get(name) or 0.0 for row in rows)
+    recipe, variant = story["config"]["recipe"], f"seed {story['seed']}"
+    return Result(bench="learning", case=recipe, variant=variant, samples=samples, facts=facts)
 
 
 def _wall_s(folder: Path, story: dict[str, Any]) -> float:
@@ -72,12 +64,13 @@ def _line(result: Result) -> str:
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m benches.learning", description=__doc__.splitlines()[0])
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a finished run")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the lines go (default: benches/baselines/<hardware>.jsonl)")
+    results.add_out(parser)
     args = parser.parse_args(argv)
     found = [(folder, result(folder)) for folder in args.runs]
     for folder, line in found:
         story = manifest.read(folder)
-        machine = {name: story[name] for name in ("git", "hardware", "versions", "threads")} | {"time": story["started"]}
+        machine = {name: story[name] for name in ("git", "hardware", "versions", "threads")}
+        machine["time"] = story["started"]
         path = results.append([line], machine, args.out)
         print(_line(line))
         print(f"1 line in {path}", file=sys.stderr)

@@ -15,8 +15,8 @@ PROC = Path("/proc/self")
 def peak_bytes(work: Callable[[], object]) -> int | None:
     """Most memory held at once while `work` runs, less what was held before; None where the system does not tell.
 
-    With a GPU in use it is torch's allocated device memory, else the resident memory of the process. Nothing should be timed
-    meanwhile: memory is handed back to the system first, and faulting it in again costs.
+    With a GPU in use it is torch's allocated device memory, else the resident memory of the process. Nothing should be
+    timed meanwhile: memory is handed back to the system first, and faulting it in again costs.
     """
     gc.collect()
     if torch.cuda.is_initialized():

@@ -1,7 +1,8 @@
-"""Results on file: one JSON line for each variant measured, in `baselines/<hardware>.jsonl`, with all that may explain it.
+"""Results on file: a JSON line for each variant measured, in `baselines/<hardware>.jsonl`, with what may explain it.
 
-    {"bench": "rollout", "case": "4x8 equal", "variant": "hf-latent", "metrics": {"rate_tok_s": ...}, "spread": {...},
-     "facts": {...}, "git": {...}, "hardware": {...}, "versions": {...}, "threads": {...}, "load": [...], "time": "..."}
+    {"bench": "rollout", "case": "4x8 equal", "variant": "hf-latent", "metrics": {"rate_tok_s": ...},
+     "spread": {...}, "facts": {...}, "git": {...}, "hardware": {...}, "versions": {...}, "threads": {...},
+     "load": [...], "time": "..."}
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import subprocess
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -29,7 +31,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 @dataclass(kw_only=True, slots=True)
 class Result:
-    """One variant of one case. A metric's name ends in its unit; seconds and bytes are better low, all else better high."""
+    """One variant of one case. A metric's name ends in its unit; seconds and bytes are better low, all others high."""
 
     bench: str
     case: str
@@ -64,20 +66,27 @@ def machine() -> dict[str, Any]:
 
 
 def git_state(root: Path = BASELINES.parents[1]) -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout at `root`, as in a run's manifest, except that new baselines make nothing dirty."""
+    """Commit and dirty flag of the checkout at `root`, as in a run's manifest; new baselines make nothing dirty."""
     state = manifest.git_state(root / "fastlatent")
     if state is None:
         return None
-    changed = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "--", ".", ":(exclude)benches/baselines"],
-                             check=True, capture_output=True, text=True, timeout=10).stdout
+    command = ["git", "-C", str(root), "status", "--porcelain", "--", ".", ":(exclude)benches/baselines"]
+    changed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
     return state | {"dirty": bool(changed)}
+
+
+def add_out(parser: ArgumentParser) -> None:
+    """The argument that every benchmark has."""
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="where the lines go (default: benches/baselines/<hardware>.jsonl)")
 
 
 def append(results: Sequence[Result], machine: Mapping[str, Any], out: Path | None = None) -> Path:
     """Write a line for each result and return the file: `out`, or the one of `machine`'s hardware in `baselines/`."""
     path = out or BASELINES / f"{hardware_name(machine['hardware'])}.jsonl"
-    lines = [json.dumps({"bench": r.bench, "case": r.case, "variant": r.variant, "metrics": r.metrics(), "spread": r.spread(),
-                         "facts": r.facts, **machine}, allow_nan=False, ensure_ascii=False) + "\n" for r in results]
+    rows = [{"bench": r.bench, "case": r.case, "variant": r.variant, "metrics": r.metrics(), "spread": r.spread(),
+             "facts": r.facts, **machine} for r in results]
+    lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as file:
@@ -107,5 +116,5 @@ def read(path: Path) -> list[dict[str, Any]]:
 def hardware_name(hardware: Mapping[str, Any]) -> str:
     """A file name for what was measured on: the GPU, or the CPU with its number of cores."""
     gpus = hardware["gpus"]
-    name = gpus[0] + (f" x{len(gpus)}" if len(gpus) > 1 else "") if gpus else f"{hardware['cpu']} {hardware['cores']} cores"
+    name = f"{len(gpus)}x {gpus[0]}" if gpus else f"{hardware['cpu']} {hardware['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

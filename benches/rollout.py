@@ -2,9 +2,10 @@
 
     python -m benches.rollout [--engine hf,generate] [--mode discrete,latent] [--batch 32] [--threads N] [--model PATH]
 
-Prompts, weights, dtype, temperature and the cap of 26 tokens are the quickstart's on both sides. Every case is drawn for groups
-of 8 and for prompts that all differ, and ends in three ways (`ENDS`). Only drawn tokens count: no pads, nothing behind a stop, no
-forced text. `generate` runs as it comes: padded prompts, its own cache, every row carried along until the last one stops.
+Prompts, weights, dtype, temperature and the cap of 26 tokens are the quickstart's on both sides. Every case is drawn
+for groups of 8 and for prompts that all differ, and ends in three ways (`ENDS`). Only drawn tokens count: no pads,
+nothing behind a stop, no forced text. `generate` runs as it comes: padded prompts, its own cache, every row carried
+along until the last one stops.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from statistics import fmean
 from benches import results, setting
 from benches.generate import Generate
 from benches.results import Result
-from benches.timing import Lap, interleave
+from benches.timing import Lap, interleave, seconds
 from fastlatent import build
 from fastlatent.cli import run_command
 from fastlatent.errors import UserError
@@ -46,17 +47,12 @@ class OurEngine:
         # the delimiter still ends the latents, but nothing is forced
         thinking = ThinkingConfig(end=self.config.thinking.end)
         for ends in ("stops", "equal"):
-            self.spans[ends] = ThinkingSpan(tokenizer, self.vocab_size, stop_ids(self.config, tokenizer, ends), thinking,
-                                            AnswerConfig(), self.engine.device)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.engine.model.get_input_embeddings().num_embeddings
+            stops = stop_ids(self.config, tokenizer, ends)
+            self.spans[ends] = ThinkingSpan(
+                tokenizer, self.engine.model.config.vocab_size, stops, thinking, AnswerConfig(), self.engine.device)
 
     def drawing(self, requests: Sequence[Request], ends: str) -> Draw:
         sampling = build.sampling_of(self.config)
-        if ends != "recipe":
-            sampling = replace(sampling, max_new_tokens=cap(self.config))
 
         def draw(number: int) -> int:
             self.engine.span = self.spans[ends]
@@ -72,12 +68,7 @@ class TheirGenerate:
         self.generate = Generate(self.config, tokenizer)
 
     def drawing(self, requests: Sequence[Request], ends: str) -> Draw:
-        return self.generate.drawing(requests, stop_ids(self.config, self.tokenizer, ends), cap(self.config))
-
-
-def cap(config: Config) -> int:
-    """Most tokens the recipe draws: 20 of thinking and 6 of an answer."""
-    return config.thinking.max_tokens + config.answer.max_tokens
+        return self.generate.drawing(requests, stop_ids(self.config, self.tokenizer, ends))
 
 
 def stop_ids(config: Config, tokenizer, ends: str) -> list[int]:
@@ -95,14 +86,14 @@ def stop_ids(config: Config, tokenizer, ends: str) -> list[int]:
 def measure(sides: dict[str, OurEngine | TheirGenerate], args, tokenizer) -> list[Result]:
     config = setting.config("discrete", args.model)
     prompts = setting.prompts(config, tokenizer, args.batch)
+    fixed = setting.facts(config) | {"max_new_tokens": config.sampling.max_new_tokens}
     out = []
     for group_size in sorted({GROUP_SIZE, 1}, reverse=True):
         requests = [Request(p, 0, sample) for p in prompts[: args.batch // group_size] for sample in range(group_size)]
         for ends in ENDS:
             case = f"{len(requests) // group_size}x{group_size} {ends}"
             laps = interleave({name: side.drawing(requests, ends) for name, side in sides.items()}, args.rounds)
-            facts = {"model": config.model.path, "prompts": len(requests) // group_size, "group_size": group_size,
-                     "ends": ENDS[ends], "max_new_tokens": cap(config), "dtype": str(setting.dtype(config)).removeprefix("torch.")}
+            facts = fixed | {"batch": len(requests), "group_size": group_size, "ends": ENDS[ends]}
             out += [_result(case, name, laps, facts) for name in sides]
             print("\n".join(_line(result) for result in out[-len(sides):]), flush=True)
     return out
@@ -110,12 +101,12 @@ def measure(sides: dict[str, OurEngine | TheirGenerate], args, tokenizer) -> lis
 
 def _result(case: str, name: str, laps: dict[str, list[Lap]], facts: dict) -> Result:
     own = laps[name]
-    samples = {"rate_tok_s": [lap.rate for lap in own], "wall_s": [lap.wall_s for lap in own], "cpu_s": [lap.cpu_s for lap in own]}
+    samples = {"rate_tok_s": [lap.rate for lap in own]} | seconds(own)
     if "generate" in laps and name != "generate":
         samples["speed_over_generate"] = [
             lap.rate / theirs.rate for lap, theirs in zip(own, laps["generate"], strict=True)]
-    mean_tokens = fmean(lap.work for lap in own)
-    return Result(bench="rollout", case=case, variant=name, samples=samples, facts=facts | {"mean_tokens": mean_tokens})
+    facts = facts | {"mean_tokens": fmean(lap.work for lap in own)}
+    return Result(bench="rollout", case=case, variant=name, samples=samples, facts=facts)
 
 
 def _line(result: Result) -> str:
@@ -136,7 +127,7 @@ def main(argv: list[str]) -> None:
     parser = setting.parser("rollout", __doc__, rounds=7)
     parser.add_argument("--engine", default=",".join(ENGINES), help="hf, generate or both (default: both)")
     parser.add_argument("--mode", default=",".join(MODES), help="discrete, latent or both, for hf (default: both)")
-    parser.add_argument("--batch", type=int, default=32, metavar="B", help="rows drawn at once, a multiple of 8 (default: 32)")
+    parser.add_argument("--batch", type=int, default=32, metavar="B", help="rows, a multiple of 8 (default: 32)")
     args = parser.parse_args(argv)
     setting.apply(args)
     engines, modes = _choices("engine", args.engine, ENGINES), _choices("mode", args.mode, MODES)

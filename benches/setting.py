@@ -1,12 +1,14 @@
-"""What the benchmarks start from: the quickstart recipes' configuration, prompts and engines, on the model asked for."""
+"""What benchmarks start from: the quickstart recipes' configuration, prompts and engines, on the model asked for."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
+from typing import Any
 
 import torch
+from fastlatent_kernels.overview import choices
 
+from benches import results
 from fastlatent import build
 from fastlatent.cli import Parser
 from fastlatent.config import load_config
@@ -28,7 +30,7 @@ def parser(name: str, doc: str, rounds: int) -> Parser:
     out.add_argument("--model", metavar="PATH", help="model.path (default: the quickstart's)")
     out.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
     out.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"rounds that count (default: {rounds})")
-    out.add_argument("--out", type=Path, metavar="FILE", help="where the lines go (default: benches/baselines/<hardware>.jsonl)")
+    results.add_out(out)
     return out
 
 
@@ -50,6 +52,13 @@ def config(mode: str, model: str | None, *overrides: str) -> Config:
 def dtype(config: Config) -> torch.dtype:
     """What every side computes in."""
     return compute_dtype(config.model, build.device_of(config))
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """What every line says about the model, and which backend each of our ops uses for it."""
+    device, name = build.device_of(config).type, str(dtype(config)).removeprefix("torch.")
+    backends = {choice.op: choice.backend for choice in choices() if (choice.device, choice.dtype) == (device, name)}
+    return {"model": config.model.path, "dtype": name, "backends": backends}
 
 
 def prompts(config: Config, tokenizer, count: int) -> list[Prompt]:

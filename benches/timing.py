@@ -1,13 +1,13 @@
 """Timing variants against each other: one process, interleaved rounds, a warm-up first, medians of what is left.
 
-Rounds are interleaved so that a slow minute of the machine falls on every variant alike; the order turns with each round, so
-that none of them always runs in the same one's wake. Ratios are taken within a round, then their median.
+Rounds are interleaved so that a slow minute of the machine falls on every variant alike; the order turns with each
+round, so that none of them always runs in the same one's wake. Ratios are taken within a round, then their median.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter, process_time
 
@@ -30,8 +30,8 @@ class Lap:
 def interleave(variants: Mapping[str, Callable[[int], float]], rounds: int, warmup: int = 1) -> dict[str, list[Lap]]:
     """`rounds` laps of every variant, after `warmup` rounds that are not kept.
 
-    A variant is called with the number of the round, from 0 and warm-up included: what it draws at random should follow from
-    that, so that all variants of a round do the same.
+    A variant is called with the number of the round, from 0 and warm-up included: what it draws at random should
+    follow from that, so that all variants of a round do the same.
     """
     names, laps = list(variants), {name: [] for name in variants}
     gc.freeze()  # what is there already need not be searched again by the collection before each lap
@@ -45,6 +45,11 @@ def interleave(variants: Mapping[str, Callable[[int], float]], rounds: int, warm
     finally:
         gc.unfreeze()
     return laps
+
+
+def seconds(laps: Sequence[Lap]) -> dict[str, list[float]]:
+    """Wall and CPU seconds of every lap, by metric name."""
+    return {"wall_s": [lap.wall_s for lap in laps], "cpu_s": [lap.cpu_s for lap in laps]}
 
 
 def _lap(variant: Callable[[int], float], number: int) -> Lap:

@@ -1,9 +1,9 @@
 """trl's GRPO update on completions that are already there: its own trainer's loss, backward, clip and optimizer step.
 
-GRPOTrainer is built as a user would build it, from a configuration with our recipe's numbers; then, instead of train(), which
-would draw completions of its own, `compute_loss` and what transformers' Trainer does around it are called on the tensors given.
-Set otherwise than by default: gradient checkpointing is off, as in the recipe, and the dtype is the recipe's. Where there is no
-Triton, trl 1.16 sends every position through the vocabulary head, prompts and pads too; that is its own choice and stays.
+GRPOTrainer is built as a user would build it, from a configuration with our recipe's numbers; then, instead of
+train(), which would draw completions of its own, `compute_loss` and what transformers' Trainer does around it are
+called on the tensors given. Gradient checkpointing, on by default in trl, is off as in the recipe. On a CPU trl 1.16
+sends every position through the vocabulary head, prompts and pads too; that is its own choice and stays.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class TrlUpdate:
         device = build.device_of(config)
         model = models.load_causal_lm(models.resolve_model(config.model.path), torch.float32)
         logging.getLogger("accelerate").setLevel(logging.ERROR)  # it explains at length which device it found
-        self.trainer = GRPOTrainer(
-            model, reward_funcs=_no_reward, args=_arguments(config, len(rollouts), device, folder), processing_class=tokenizer,
-            # never read: train() is not called
-            train_dataset=Dataset.from_list([{"prompt": "none"}] * len(rollouts)))
-        trainer = self.trainer
+        dataset = Dataset.from_list([{"prompt": "none"}] * len(rollouts))  # never read: train() is not called
+        self.trainer = trainer = GRPOTrainer(
+            model, reward_funcs=_no_reward, args=_arguments(config, len(rollouts), device, folder),
+            train_dataset=dataset, processing_class=tokenizer)
         trainer.current_gradient_accumulation_steps = 1  # what train() would set; the whole batch is one pass
         trainer.create_optimizer()
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         self.model.train()
         advantage_B = torch.cat([group.advantage_G for group in groups])
-        self.inputs = {name: value.to(device) for name, value in padded(rollouts, advantage_B, tokenizer.pad_token_id).items()}
+        tensors = padded(rollouts, advantage_B, tokenizer.pad_token_id)
+        self.inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def __call__(self) -> Tensor:
         trainer = self.trainer
@@ -55,7 +55,7 @@ class TrlUpdate:
 
 
 def padded(rollouts: Sequence[Rollout], advantage_B: Tensor, pad_id: int) -> dict[str, Tensor]:
-    """The tensors GRPOTrainer makes of its rollouts: prompts padded on the left, completions on the right, [B, ...] each.
+    """The tensors GRPOTrainer makes of rollouts, [B, ...] each: prompts padded on the left, completions on the right.
 
     `tool_mask` is trl's own way to name completion tokens that the model reads and the policy did not draw.
     """
@@ -80,8 +80,9 @@ def _arguments(config: Config, num_rows: int, device: torch.device, folder: Path
         max_completion_length=config.sampling.max_new_tokens, temperature=config.sampling.temperature,
         loss_type="dapo",  # trl's name for normalizer=token_mean
         beta=objective.kl_coef, epsilon=objective.clip_low, epsilon_high=objective.clip_high,
-        learning_rate=optim.lr, lr_scheduler_type=optim.schedule, optim="adamw_torch_fused", adam_beta1=optim.betas[0],
-        adam_beta2=optim.betas[1], adam_epsilon=optim.eps, weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm,
+        optim="adamw_torch_fused", learning_rate=optim.lr, lr_scheduler_type=optim.schedule, adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1], adam_epsilon=optim.eps, weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
         gradient_checkpointing=config.model.gradient_checkpointing,
         bf16=setting.dtype(config) == torch.bfloat16)
 
@@ -92,4 +93,5 @@ def _no_reward(completions, **_) -> list[float]:
 
 def _pad(rows: Sequence[list[int]], fill: int, *, left: bool) -> Tensor:
     longest = max(map(len, rows))
-    return torch.tensor([[fill] * (longest - len(row)) + row if left else row + [fill] * (longest - len(row)) for row in rows])
+    fills = [[fill] * (longest - len(row)) for row in rows]
+    return torch.tensor([pad + row if left else row + pad for pad, row in zip(fills, rows, strict=True)])

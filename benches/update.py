@@ -2,12 +2,13 @@
 
     python -m benches.update [--batch 64] [--threads N] [--model PATH]
 
-The untrained quickstart model draws `--batch` completions with latents; an update is loss, backward, clip and a step of fused
-AdamW. `latent` learns from them as they were drawn, through the method's embedding; `discrete` and `trl` from their tokens alone.
-Half of every group is rewarded, so that no completion can be left out for having no advantage. Drawn tokens that the engine
-replaced are no actions on any side: trl's tensors have one id for what was drawn and what is read.
+The untrained quickstart model draws `--batch` completions with latents; an update is loss, backward, clip and a step
+of fused AdamW. `latent` learns from them as they were drawn, through the method's embedding; `discrete` and `trl`
+from their tokens alone. Half of every group is rewarded, so that no completion can be left out for having no
+advantage. Drawn tokens that the engine replaced are no actions on any side: trl's tensors have one id for what was
+drawn and what is read.
 
-Before anything is timed the gradient norms of `discrete` and `trl` are compared: they do the same work or nothing is reported.
+Before anything is timed the gradient norms of `discrete` and `trl` are compared; where they differ nothing is timed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from benches import results, setting
 from benches.memory import peak_bytes
 from benches.results import Result
-from benches.timing import Lap, interleave
+from benches.timing import Lap, interleave, seconds
 from fastlatent import advantages, build
 from fastlatent.cli import run_command
 from fastlatent.errors import UserError
@@ -47,7 +48,8 @@ def draw(config: Config, tokenizer, batch: int) -> list[Group]:
     requests = [Request(p, 0, sample) for p in prompts for sample in range(config.group_size)]
     rollouts = engine.generate(requests, build.sampling_of(config))
     for r in rollouts:
-        r.acted = [acted and read == drawn for acted, read, drawn in zip(r.acted, r.token_ids, r.target_ids, strict=True)]
+        places = zip(r.acted, r.token_ids, r.target_ids, strict=True)
+        r.acted = [acted and read == drawn for acted, read, drawn in places]
     return [_group(rollouts[i : i + config.group_size], config) for i in range(0, batch, config.group_size)]
 
 
@@ -59,7 +61,10 @@ def _group(rollouts: list[Rollout], config: Config) -> Group:
 
 def without_latents(groups: Sequence[Group]) -> list[Group]:
     """The same tokens, none of them read as a latent."""
-    return [replace(g, rollouts=[replace(r, latent=[False] * len(r.latent), trace=None) for r in g.rollouts]) for g in groups]
+    def plain(rollout: Rollout) -> Rollout:
+        return replace(rollout, latent=[False] * len(rollout.latent), trace=None)
+
+    return [replace(group, rollouts=[plain(r) for r in group.rollouts]) for group in groups]
 
 
 def our_update(config: Config, groups: Sequence[Group]) -> Update:
@@ -72,38 +77,35 @@ def check_same(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
     """Raise unless two gradient norms agree."""
     difference = abs(float(ours) / float(theirs) - 1)
     if not difference <= NORM_TOLERANCE[dtype]:
-        raise RuntimeError(f"the two updates differ: gradient norms {float(ours):.6g} (ours) and {float(theirs):.6g} (trl)")
+        norms = f"{float(ours):.6g} (ours) and {float(theirs):.6g} (trl)"
+        raise RuntimeError(f"the two updates differ: gradient norms {norms}")
 
 
-def measure(updates: dict[str, Update], rounds: int, num_tokens: int) -> tuple[dict[str, list[Lap]], dict[str, int | None]]:
-    """Laps and peak bytes of every update. All of them have made one before: their moments exist."""
+def _counting(update: Update, num_tokens: int) -> Callable[[int], int]:
+    def run(_: int) -> int:
+        update()
+        return num_tokens
 
-    def lap(update: Update) -> Callable[[int], int]:
-        def run(_: int) -> int:
-            update()
-            return num_tokens
-
-        return run
-
-    laps = interleave({name: lap(update) for name, update in updates.items()}, rounds)
-    return laps, {name: peak_bytes(update) for name, update in updates.items()}
+    return run
 
 
 def _result(name: str, laps: dict[str, list[Lap]], peaks: dict[str, int | None], facts: dict) -> Result:
     own, theirs = laps[name], laps["trl"]
-    samples = {"wall_s": [lap.wall_s for lap in own], "cpu_s": [lap.cpu_s for lap in own], "rate_tok_s": [lap.rate for lap in own]}
+    samples = seconds(own) | {"rate_tok_s": [lap.rate for lap in own]}
     if peaks[name] is not None:
         samples["peak_bytes"] = [float(peaks[name])]
     if name != "trl":
         samples["speed_over_trl"] = [t.wall_s / o.wall_s for o, t in zip(own, theirs, strict=True)]
-    return Result(bench="update", case=f"{facts['completions']} completions", variant=name, samples=samples, facts=facts)
+    case = f"{facts['completions']} completions"
+    return Result(bench="update", case=case, variant=name, samples=samples, facts=facts)
 
 
 def _line(result: Result) -> str:
     metrics, (low, high) = result.metrics(), result.spread()["wall_s"]
     memory = f"{metrics['peak_bytes'] / 2**20:8.0f} MiB" if "peak_bytes" in metrics else "       ? MiB"
-    line = f"{result.variant:10s} {metrics['wall_s']:7.3f} s [{low:.3f}, {high:.3f}] {metrics['cpu_s']:7.3f} CPU s {memory}"
-    return line + (f"  {metrics['speed_over_trl']:.2f} x trl's speed" if "speed_over_trl" in metrics else "")
+    line = f"{result.variant:10s} {metrics['wall_s']:7.3f} s [{low:.3f}, {high:.3f}] {metrics['cpu_s']:7.3f} CPU s"
+    ratio = f"  {metrics['speed_over_trl']:.2f} x trl's speed" if "speed_over_trl" in metrics else ""
+    return f"{line} {memory}{ratio}"
 
 
 def run(args, folder: Path) -> list[Result]:
@@ -120,19 +122,24 @@ def run(args, folder: Path) -> list[Result]:
         "trl": TrlUpdate(discrete, tokenizer, plain, folder)}
     norms = {name: update() for name, update in updates.items()}
     check_same(norms["discrete"], norms["trl"], setting.dtype(discrete))
-    rollouts = [r for g in groups for r in g.rollouts]
-    num_acted = sum(sum(r.acted) for r in rollouts)
-    facts = {"model": latent.model.path, "completions": len(rollouts), "group_size": latent.group_size,
-             "acted_tokens": num_acted, "prompt_tokens": sum(len(g.rollouts[0].request.prompt.token_ids) for g in groups),
-             "completion_tokens": sum(len(r.token_ids) for r in rollouts), "latent_tokens": sum(sum(r.latent) for r in rollouts),
-             "dtype": str(setting.dtype(discrete)).removeprefix("torch."), "trl": metadata.version("trl")}
-    laps, peaks = measure(updates, args.rounds, num_acted)
+    facts = setting.facts(latent) | {"trl": metadata.version("trl")} | _sizes(groups)
+    laps = interleave({n: _counting(update, facts["acted_tokens"]) for n, update in updates.items()}, args.rounds)
+    peaks = {name: peak_bytes(update) for name, update in updates.items()}
     return [_result(name, laps, peaks, facts) for name in updates]
+
+
+def _sizes(groups: Sequence[Group]) -> dict[str, int]:
+    rollouts = [r for group in groups for r in group.rollouts]
+    return {
+        "completions": len(rollouts), "group_size": len(groups[0].rollouts),
+        "prompt_tokens": sum(len(group.rollouts[0].request.prompt.token_ids) for group in groups),
+        "completion_tokens": sum(len(r.token_ids) for r in rollouts),
+        "acted_tokens": sum(sum(r.acted) for r in rollouts), "latent_tokens": sum(sum(r.latent) for r in rollouts)}
 
 
 def main(argv: list[str]) -> None:
     parser = setting.parser("update", __doc__, rounds=7)
-    parser.add_argument("--batch", type=int, default=64, metavar="B", help="completions, a multiple of 8 (default: 64)")
+    parser.add_argument("--batch", type=int, default=64, metavar="B", help="completions, in groups of 8 (default: 64)")
     args = parser.parse_args(argv)
     setting.apply(args)
     machine = results.machine()

@@ -1,11 +1,9 @@
-// What Python hands to a kernel: pointers into checked, contiguous tensors, sizes and options. No torch headers anywhere.
+// What Python hands to a kernel: pointers into checked, contiguous tensors, sizes and options. No torch headers.
 #pragma once
 
 #include <cstdint>
 
 namespace fastlatent {
-
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 
 // Ids in one tile of two-level sampling: part of the definition of a draw (noise.py), not a tuning knob.
 constexpr int kTileSize = 128;
@@ -17,31 +15,31 @@ constexpr int64_t scratch_floats(int64_t vocab) {
 }
 
 struct Rows {
-  const void* logits;      // [rows, vocab]
-  DType logits_dtype;
-  int64_t rows, vocab;
-  float inv_temperature;
-  const int64_t* seed;     // one
-  const int64_t* counter;  // [rows, 3]: position, prompt id, step * 2^16 + sample
-  bool greedy;
-  int64_t* token;          // [rows]
-  float* logprob;          // [rows]
-  float* entropy;          // [rows]
-  float* scratch;          // [threads, scratch_floats(vocab)]
-  int32_t threads;
+  const void* logits = nullptr;  // [rows, vocab], bfloat16 or float32
+  bool logits_bf16 = false;
+  int64_t rows = 0, vocab = 0;
+  float inv_temperature = 1;
+  const int64_t* seed = nullptr;     // one
+  const int64_t* counter = nullptr;  // [rows, 3]: position, prompt id, step * 2^16 + sample
+  bool greedy = false;
+  int64_t* token = nullptr;   // [rows]
+  float* logprob = nullptr;   // [rows]
+  float* entropy = nullptr;   // [rows]
+  float* scratch = nullptr;   // [threads, scratch_floats(vocab)]
+  int32_t threads = 1;
 };
 
 struct VocabHead : Rows {
-  void* unit_p;            // [rows, vocab], p / ||p||_2; null where no mixture is wanted
-  DType unit_p_dtype;
+  void* unit_p = nullptr;  // [rows, vocab], p / ||p||_2, bfloat16 or float32; null where no mixture is wanted
+  bool unit_p_bf16 = false;
 };
 
 struct TopkMixture : Rows {
-  int32_t top_k;           // 1 .. 64
-  float top_p;
-  float* log_kept;         // [rows]
-  int64_t* ids;            // [rows, top_k]
-  float* weights;          // [rows, top_k]
+  int32_t top_k = 0;  // 1 .. 64
+  float top_p = 1;
+  float* log_kept = nullptr;  // [rows]
+  int64_t* ids = nullptr;     // [rows, top_k]
+  float* weights = nullptr;   // [rows, top_k]
 };
 
 }  // namespace fastlatent

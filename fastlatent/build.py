@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from fastlatent_kernels.overview import choices
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from fastlatent import models
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
-from fastlatent.policy import EmbeddingInDtype, Policy, model_info
+from fastlatent.policy import EmbeddingInDtype, Policy, compute_dtype, model_info
 from fastlatent.rollout.base import ENGINES, RolloutEngine, match
 from fastlatent.rollout.thinking import ThinkingSpan, eos_ids
 from fastlatent.schema import Config
@@ -21,6 +22,25 @@ def device_of(config: Config) -> torch.device:
         raise UserError("model.device: cuda was asked for and torch sees no GPU here")
     wanted = config.model.device
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+
+
+def backends(config: Config) -> dict[str, str]:
+    """Which implementation each op will use here, by op."""
+    device = device_of(config)
+    dtype = str(compute_dtype(config.model, device)).removeprefix("torch.")
+    return {c.op: c.backend for c in choices() if (c.device, c.dtype) == (device.type, dtype)}
+
+
+def describe(config: Config) -> str:
+    """What the run computes on and with, in one line."""
+    device = device_of(config)
+    by_backend: dict[str, list[str]] = {}
+    for op, backend in backends(config).items():
+        by_backend.setdefault(backend, []).append(op)
+    ops = "; ".join(f"{backend}: {', '.join(names)}" for backend, names in sorted(by_backend.items()))
+    dtype = str(compute_dtype(config.model, device)).removeprefix("torch.")
+    where = f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return f"{config.method.name} on engine {config.engine.name}, {dtype} on {where}; ops {ops}"
 
 
 def sampling_of(config: Config, *, greedy: bool = False) -> Sampling:

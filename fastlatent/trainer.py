@@ -29,7 +29,7 @@ from fastlatent.interrupt import Interrupted, Interrupts
 from fastlatent.live import LiveView
 from fastlatent.optim import Optimizer
 from fastlatent.packing import Item, microbatches, pack
-from fastlatent.profiling import reset_timings, span
+from fastlatent.profiling import reset_timings, span, timings
 from fastlatent.report import write_report
 from fastlatent.rewards.pool import RewardPool
 from fastlatent.runfolder import RunFolder
@@ -54,7 +54,8 @@ class Trainer:
         self.held_out = [self._prompt(e) for e in self._held_out_examples()]
         with ExitStack() as opened:
             self.pool = opened.enter_context(RewardPool(config.rewards, columns=_columns(self.dataset)))
-            self.run_folder = RunFolder.open(to_dict(config), list(argv) or sys.argv, self.dataset.fingerprint())
+            self.run_folder = RunFolder.open(
+                to_dict(config), list(argv) or sys.argv, self.dataset.fingerprint(), build.backends(config))
             opened.callback(self.run_folder.close)
             self.trackers.start(self.run_folder.path)
             opened.callback(self.trackers.close)
@@ -80,6 +81,7 @@ class Trainer:
         view = LiveView(config.num_steps, config.log.live)
         with Interrupts() as interrupts, view:
             try:
+                view.note(build.describe(config))
                 if self.step:
                     view.note(f"resumed {run.path} at step {self.step}")
                 self._sync_weights()
@@ -96,7 +98,6 @@ class Trainer:
 
     def _train_step(self, view: LiveView, interrupts: Interrupts) -> None:
         config = self.config
-        reset_timings()
         # dropout of adapters is the one thing that draws from torch's generator while training
         torch.manual_seed(_seed_of(config.seed, self.step))
         with ExitStack() as committed:
@@ -112,6 +113,7 @@ class Trainer:
                 self.step += 1
                 self._sync_weights()
             metrics = step_metrics.of_step(self.step, groups, samples, drawn, result, self.optimizer.lr)
+            reset_timings()  # a checkpoint after this step is part of the next line
             self.guard.count(self.step, result, metrics)
             self.run_folder.log(metrics, step_metrics.sample_rows(self.step, samples, config.log.samples))
             self.trackers.log(metrics, self.step)
@@ -186,6 +188,8 @@ class Trainer:
             return
         with span("evaluate"):
             metrics = self._held_out_metrics()
+        metrics["time/evaluate"] = timings()["evaluate"]
+        reset_timings()
         with interrupts.shielded():
             self.run_folder.log(metrics, [])
             self.trackers.log(metrics, self.step)

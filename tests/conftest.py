@@ -1,4 +1,4 @@
-"""What every test runs under: one torch thread, fresh memory full of NaN, and tests that need a GPU skipped without one."""
+"""What every test runs under: one torch thread, fresh memory full of NaN, tests that need a GPU skipped without it."""
 
 import functools
 
@@ -18,7 +18,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Fill what torch.empty and its relatives return, so that memory read before it is written cannot pass for a result."""
+    """Fill what torch.empty and its relatives return: memory read before it is written must not pass for a result."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 

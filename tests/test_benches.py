@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 import tiny
 import torch
+from fastlatent_kernels import OPS
 
 from benches import compare, learning, memory, results, rollout, setting, update
 from benches.generate import num_drawn
@@ -32,8 +33,8 @@ def test_rollout_measures_every_case_of_both_sides(model, tmp_path):
         tokens, metrics = row["facts"]["mean_tokens"], row["metrics"]
         assert metrics["rate_tok_s"] == pytest.approx(tokens / metrics["wall_s"], rel=1e-3)
         if "equal" in case:
-            assert tokens == 8 * 26
-        assert 0 < tokens <= 8 * 26
+            assert tokens == 8 * cap
+        assert 0 < tokens <= 8 * cap
         if variant != "generate":
             theirs = rows[case, "generate"]["metrics"]["rate_tok_s"]
             assert metrics["speed_over_generate"] == pytest.approx(metrics["rate_tok_s"] / theirs, rel=1e-3)
@@ -52,8 +53,8 @@ def test_both_sides_of_the_rollout_stop_at_the_same_ids(model):
     assert ours.drawing(requests, "stops")(0) == sum(len(r.token_ids) for r in seen)
     for r in seen:
         assert not any(token in ids for token in r.token_ids[:-1])
-        assert r.token_ids[-1] in ids or len(r.token_ids) == 26
-    assert {len(r.token_ids) == 26 for r in seen} == {True, False}  # some stop, some reach the cap
+        assert r.token_ids[-1] in ids or len(r.token_ids) == cap
+    assert {len(r.token_ids) == cap for r in seen} == {True, False}  # some stop, some reach the cap
 
 
 def test_tokens_behind_a_stop_do_not_count():
@@ -69,6 +70,8 @@ def test_update_measures_ours_and_trls(model, tmp_path):
     assert list(rows) == ["latent", "discrete", "trl"]
     assert all(row["metrics"]["wall_s"] > 0 for row in rows.values())
     assert rows["latent"]["facts"]["latent_tokens"] > 0
+    assert rows["trl"]["facts"]["backends"]["token_logprob"] == OPS["token_logprob"].chosen(
+        torch.ones(2, 4), torch.ones(8, 4), torch.zeros(2, dtype=torch.int64))
     ratio = rows["trl"]["metrics"]["wall_s"] / rows["discrete"]["metrics"]["wall_s"]
     assert rows["discrete"]["metrics"]["speed_over_trl"] == pytest.approx(ratio, rel=1e-3)
     assert "speed_over_trl" not in rows["trl"]["metrics"]
@@ -91,7 +94,8 @@ def test_update_refuses_to_compare_different_work(model, tmp_path, monkeypatch):
 
 def test_rounds_are_interleaved_and_warm_up_is_dropped():
     calls = []
-    laps = interleave({name: lambda number, name=name: calls.append((number, name)) or number for name in "ab"}, 2, warmup=1)
+    variants = {name: lambda number, name=name: calls.append((number, name)) or number for name in "ab"}
+    laps = interleave(variants, 2, warmup=1)
     assert calls == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]
     assert [lap.work for lap in laps["a"]] == [1, 2]
 
@@ -141,13 +145,14 @@ def test_a_file_that_holds_something_else_is_refused_by_line(tmp_path):
 
 
 def test_baselines_are_named_by_gpu_or_cpu():
-    assert results.hardware_name({"gpus": ["NVIDIA H200"], "cpu": "x", "cores": 16}) == "nvidia-h200"
+    assert results.hardware_name({"gpus": ["NVIDIA H200"], "cpu": "x", "cores": 16}) == "1x-nvidia-h200"
     assert results.hardware_name({"gpus": [], "cpu": "AMD EPYC (7B13)", "cores": 2}) == "amd-epyc-7b13-2-cores"
 
 
 def test_new_baselines_do_not_make_a_checkout_dirty(tmp_path):
     def git(*words):
-        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *words], check=True, capture_output=True)
+        identity = ["-c", "user.name=n", "-c", "user.email=e"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
 
     git("init")
     assert results.git_state(tmp_path) is None  # nothing of ours is tracked there
@@ -174,6 +179,7 @@ def test_learning_reads_a_finished_run(tmp_path):
     assert row["facts"]["reward_step_1"] == 0.1
     assert (row["facts"]["accuracy_before"], row["metrics"]["accuracy_after"]) == (0.125, 0.75)
     assert row["facts"]["steps_s"] == pytest.approx(18.0)
+    assert (row["facts"]["accuracy_latents_off"], row["facts"]["gate_mean"]) == (0.5, 0.9)
     story = manifest.read(run)
     assert row["hardware"] == story["hardware"] and row["git"] == story["git"]
     assert 0 <= row["metrics"]["wall_s"] + 1 < 60  # the manifest knows whole seconds
@@ -193,11 +199,12 @@ def _write(path, metrics, commit="abc123"):
 
 def _run_folder(folder, rewards):
     folder.mkdir()
-    manifest.create(folder, {"recipe": "hrpo_quickstart", "seed": 3}, ["train"], "f", {})
+    manifest.create(folder, {"recipe": "hrpo_quickstart", "seed": 3, "model": {"path": "tiny"}}, ["train"], "f", {})
     log = MetricsLog(folder)
     log.append({"step": 0, "eval/accuracy": 0.125})
     log.append(*({"step": i, "reward": reward, "time/step": 2.0} for i, reward in enumerate(rewards, 1)))
     log.append({"step": len(rewards), "eval/accuracy": 0.75})
+    log.append({"step": len(rewards), "eval/accuracy_latents_off": 0.5, "latent/gate_mean": 0.9})
     log.close()
     (folder / "report.html").write_text("done")
     return folder

@@ -108,7 +108,7 @@ def test_quickstarts_differ_in_the_method_alone():
 
 def test_quickstart_evaluates_before_and_after_on_everything_held_out():
     config = load_config("hrpo_quickstart")
-    assert config.eval.every == config.num_steps == 20
+    assert config.eval.every >= config.num_steps  # step 0 and the last are always due
     assert config.eval.num_prompts == 128
 
 

@@ -32,8 +32,10 @@ def wheel(tmp_path_factory) -> Path:
     # a copy: what lies around in a checkout (build/, egg-info) must not be what makes the wheel whole
     source = tmp_path_factory.mktemp("source")
     for name in PROJECT:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(ROOT / name, source / name)
     out = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", out, source)
     (made,) = out.glob("*.whl")

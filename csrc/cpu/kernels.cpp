@@ -21,8 +21,8 @@ const CpuKernels* cpu_kernels() {
       int n = 0;
 #ifdef FASTLATENT_X86
       __builtin_cpu_init();
-      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-          __builtin_cpu_supports("avx512dq"))
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         rows[n++] = {"avx512", avx512::vocab_head, avx512::topk_mixture};
       if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         rows[n++] = {"avx2", avx2::vocab_head, avx2::topk_mixture};

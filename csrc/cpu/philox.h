@@ -16,7 +16,7 @@ struct RowNoise {
       : key0((uint32_t)seed), key1((uint32_t)((uint64_t)seed >> 32)), position((uint32_t)counter[0]),
         prompt((uint32_t)counter[1]), sample_word((uint32_t)counter[2]) {}
 
-  // -log(u) for 16 indices. The argmax of log(mass) - log(-log u) is the argmax of mass / -log(u): one logarithm fewer.
+  // -log(u) for 16 indices: the argmax of mass / -log(u) is that of log(mass) - log(-log u), one logarithm fewer
   void exponential(const uint32_t* index, Stream stream, float* out) const {
     constexpr int n = 16;
     uint32_t c0[n], c1[n], c2[n], c3[n];

@@ -1,7 +1,7 @@
 // Vectors of FASTLATENT_LANES floats for whichever instruction set this unit is compiled for.
 //
-// GCC and Clang vector extensions only, and no inline function of the standard library: its code would be compiled here with
-// this unit's flags and might be the copy the linker keeps for processors without them.
+// GCC and Clang vector extensions only, and no inline function of the standard library: its code would be compiled
+// here with this unit's flags and might be the copy the linker keeps for processors without them.
 #pragma once
 
 #include <stdint.h>
@@ -54,7 +54,7 @@ static inline void store(BFloat16* to, floats v) {
   __builtin_memcpy(to, &h, sizeof h);
 }
 
-static inline floats largest(floats a, floats b) { return a > b ? a : b; }
+static inline floats larger(floats a, floats b) { return a > b ? a : b; }
 
 static inline float largest_lane(floats v) {
   float x = v[0];
@@ -72,7 +72,7 @@ static inline float sum_lanes(floats v) {
 static inline floats exp_negative(floats x) {
   const floats lowest = splat(-87.0f);
   const ints under = x < lowest;
-  x = largest(x, lowest);
+  x = larger(x, lowest);
   const floats rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
   floats n = x * 1.44269504088896341f + rounder;
   const ints exponent = (ints)n << 23;

@@ -8,7 +8,7 @@
 namespace fastlatent {
 namespace FASTLATENT_ISA {
 
-// Sums over one tile relative to its own largest logit; `mass` and the rest become relative to the row's after `finish`.
+// Sums over one tile relative to its own largest logit; `finish` makes `mass` relative to the row's.
 struct SoftmaxRow {
   int64_t tiles;
   float* exps;      // [tiles * 128], exp(l - tile's largest l); written where `keeps_exps`
@@ -26,7 +26,7 @@ struct SoftmaxRow {
   template <bool keeps_exps, class T>
   void add_tile(int64_t tile, const T* logits, float inv_temperature) {
     floats top = load(logits);
-    for (int i = kLanes; i < kTileSize; i += kLanes) top = fastlatent::FASTLATENT_ISA::largest(top, load(logits + i));
+    for (int i = kLanes; i < kTileSize; i += kLanes) top = larger(top, load(logits + i));
     const float shift = largest_lane(top);
     row_largest = shift > row_largest ? shift : row_largest;
     // a tile of nothing but -inf: any finite shift makes its exps 0 instead of NaN
@@ -34,7 +34,7 @@ struct SoftmaxRow {
     floats s = {}, q = {}, w = {};
     for (int i = 0; i < kTileSize; i += kLanes) {
       // -88: exp is 0 there already, and 0 * -inf would not be
-      const floats x = fastlatent::FASTLATENT_ISA::largest((load(logits + i) - finite_shift) * inv_temperature, splat(-88.0f));
+      const floats x = larger((load(logits + i) - finite_shift) * inv_temperature, splat(-88.0f));
       const floats e = exp_negative(x);
       if (keeps_exps) store(exps + tile * kTileSize + i, e);
       s += e;

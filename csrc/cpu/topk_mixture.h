@@ -9,7 +9,7 @@ namespace FASTLATENT_ISA {
 
 constexpr int kMostTopK = 64;
 
-// The k largest logits so far, largest first; ids arrive in ascending order, so an equal one goes behind and never displaces.
+// The k largest logits so far, largest first; ids arrive in ascending order, and an equal one goes behind.
 struct TopK {
   int k, size = 0;
   float logit[kMostTopK];
@@ -93,7 +93,7 @@ static void topk_mixture_rows(const TopkMixture& args) {
 }
 
 void topk_mixture(const TopkMixture& args) {
-  args.logits_dtype == DType::kBFloat16 ? topk_mixture_rows<BFloat16>(args) : topk_mixture_rows<float>(args);
+  args.logits_bf16 ? topk_mixture_rows<BFloat16>(args) : topk_mixture_rows<float>(args);
 }
 
 }  // namespace FASTLATENT_ISA

@@ -16,7 +16,8 @@ static int64_t likeliest_id(const T* logits, int64_t vocab, float largest) {
 
 // The tile, then the id inside it, with the largest mass / -log(u).
 template <class T>
-static int64_t draw_id(const T* logits, int64_t vocab, float inv_temperature, const SoftmaxRow& softmax, const RowNoise& noise) {
+static int64_t draw_id(const T* logits, int64_t vocab, float inv_temperature, const SoftmaxRow& softmax,
+                       const RowNoise& noise) {
   constexpr int n = 16;
   uint32_t index[n];
   float race[n];
@@ -75,7 +76,7 @@ static void vocab_head_rows(const VocabHead& args) {
     args.logprob[b] = load_one(logits + token) * args.inv_temperature - softmax.lse;
     args.entropy[b] = softmax.entropy;
     if (!keeps_exps) return;
-    if (args.unit_p_dtype == DType::kBFloat16)
+    if (args.unit_p_bf16)
       write_unit_p(softmax, args.vocab, (BFloat16*)args.unit_p + b * args.vocab);
     else
       write_unit_p(softmax, args.vocab, (float*)args.unit_p + b * args.vocab);
@@ -83,11 +84,10 @@ static void vocab_head_rows(const VocabHead& args) {
 }
 
 void vocab_head(const VocabHead& args) {
-  const bool is_bf16 = args.logits_dtype == DType::kBFloat16;
   if (args.unit_p)
-    is_bf16 ? vocab_head_rows<BFloat16, true>(args) : vocab_head_rows<float, true>(args);
+    args.logits_bf16 ? vocab_head_rows<BFloat16, true>(args) : vocab_head_rows<float, true>(args);
   else
-    is_bf16 ? vocab_head_rows<BFloat16, false>(args) : vocab_head_rows<float, false>(args);
+    args.logits_bf16 ? vocab_head_rows<BFloat16, false>(args) : vocab_head_rows<float, false>(args);
 }
 
 }  // namespace FASTLATENT_ISA

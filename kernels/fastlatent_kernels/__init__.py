@@ -13,5 +13,5 @@ from fastlatent_kernels.topk_mixture import TopkMixture, topk_mixture
 from fastlatent_kernels.vocab_head import VocabHead, vocab_head
 
 __all__ = [
-    "OPS", "BackendUnavailable", "Surrogate", "TopkMixture", "VocabHead", "clipped_surrogate", "group_advantage", "hrpo_gate",
-    "soft_embedding", "token_logprob", "topk_mixture", "use_backend", "vocab_head"]
+    "OPS", "BackendUnavailable", "Surrogate", "TopkMixture", "VocabHead", "clipped_surrogate", "group_advantage",
+    "hrpo_gate", "soft_embedding", "token_logprob", "topk_mixture", "use_backend", "vocab_head"]

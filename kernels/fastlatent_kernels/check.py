@@ -10,7 +10,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def expect(name: str, tensor: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...] = FLOATS,
            like: Tensor | None = None) -> None:
-    """Raise ValueError unless `tensor` has this shape (a letter stands for any size), one of `dtypes` and the device of `like`."""
+    """ValueError unless `tensor` has this shape (a letter: any size), one of `dtypes` and the device of `like`."""
     fits = tensor.ndim == len(shape) and all(
         isinstance(want, str) or want == have for want, have in zip(shape, tensor.shape, strict=True))
     if fits and tensor.dtype in dtypes and (like is None or tensor.device == like.device):
@@ -29,7 +29,7 @@ def expect_number(name: str, value: float, wanted: str, is_valid: bool) -> None:
 
 
 def expect_noise(seed: Tensor, counter_B3: Tensor, like: Tensor) -> None:
-    """Raise ValueError unless seed and counters are as `fastlatent_kernels.noise` wants them, for the rows of `like`."""
+    """Raise ValueError unless seed and counters are what `fastlatent_kernels.noise` wants, for the rows of `like`."""
     expect("seed", seed, (), (torch.int64,), like)
     expect("counter_B3", counter_B3, (like.shape[0], 3), (torch.int64,), like)
 

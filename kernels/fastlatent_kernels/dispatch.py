@@ -1,7 +1,8 @@
 """One op, several implementations: choose one per call, and be able to say why.
 
-An op is a plain torch function marked with `@op`. Its body is the reference: readable, correct on any device, and what every
-other implementation is tested against. `<op>/<name>_impl.py` registers a backend, a faster implementation of the whole op.
+An op is a plain torch function marked with `@op`. Its body is the reference: readable, correct on any device, and what
+every other implementation is tested against. `<op>/<name>_impl.py` registers a backend, a faster implementation of the
+whole op.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ OPS: dict[str, Op] = {}
 
 OPTIONAL_PACKAGES = ("triton", "fastlatent_kernels._C")
 
-# a plain global and no ContextVar: torch.compile guards on it, so compiled code follows use_backend without graph breaks
+# a plain global and no ContextVar: torch.compile guards on it, so compiled code follows use_backend
 _forced: str | None = os.environ.get("FASTLATENT_BACKEND") or None
 
 
@@ -102,7 +103,9 @@ def op(*, backends: tuple[str, ...] = (), check: Callable[..., None] | None = No
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every op inside the block on one backend; an op that cannot raises. None: the automatic choice. Process-wide."""
+    """Run every op inside the block on one backend; an op that cannot raises. None is the automatic choice.
+
+    Holds for the whole process, not for one thread."""
     global _forced
     previous, _forced = _forced, name
     try:
@@ -111,15 +114,19 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
+_loaded: dict[str, str | None] = {}
+
+
 @torch.compiler.assume_constant_result  # an import cannot be traced, and its outcome does not change
-@functools.cache
 def _load(module: str) -> str | None:
     """Import a backend module, which registers itself; the reason where its optional package is absent."""
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        # only the optional package itself may be absent; any other failure is a bug and travels
-        if error.name not in OPTIONAL_PACKAGES:
-            raise
-        return f"{error.name} is not installed"
-    return None
+    if module not in _loaded:
+        try:
+            importlib.import_module(module)
+            _loaded[module] = None
+        except ModuleNotFoundError as error:
+            # only the optional package itself may be absent; any other failure is a bug and travels
+            if error.name not in OPTIONAL_PACKAGES:
+                raise
+            _loaded[module] = f"{error.name} is not installed"
+    return _loaded[module]

@@ -1,4 +1,4 @@
-"""What the native CPU backends share: the namespace of their torch operators, and the reasons they cannot run."""
+"""What the native CPU backends share: the namespace of their torch operators, and how a row kernel is called."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 import fastlatent_kernels._C as _C
 
-# registered as torch operators so that torch.compile keeps them as nodes of its graph; the module keeps the library alive
+# registered as torch operators, so that torch.compile keeps them as nodes of its graph
 LIBRARY = torch.library.Library("fastlatent", "FRAGMENT")
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -20,22 +20,26 @@ def why_not_cpu(*tensors: Tensor) -> str | None:
     return "native takes float32 and bfloat16 tensors on the CPU"
 
 
-def row_arguments(logits_BV: Tensor, temperature: float, seed: Tensor, counter_B3: Tensor, greedy: bool, token_B: Tensor,
-                  logprob_B: Tensor, entropy_B: Tensor, scratch: Tensor) -> tuple:
-    """The leading arguments of every native function over rows of logits; all tensors contiguous and kept alive by the caller."""
-    return (logits_BV.data_ptr(), logits_BV.dtype == torch.bfloat16, *logits_BV.shape, temperature, seed.data_ptr(),
-            counter_B3.data_ptr(), greedy, token_B.data_ptr(), logprob_B.data_ptr(), entropy_B.data_ptr(), scratch.data_ptr(),
-            scratch.shape[0])
+def empty_rows(logits_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty token_B, logprob_B and entropy_B; storages of their own, for outputs of an operator may not alias."""
+    num_rows, device = logits_BV.shape[0], logits_BV.device
+    token_B = torch.empty(num_rows, dtype=torch.int64, device=device)
+    return token_B, torch.empty(num_rows, device=device), torch.empty(num_rows, device=device)
 
 
-def row_outputs(logits_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty token_B, logprob_B and entropy_B."""
-    num_rows = logits_BV.shape[0]
-    token_B = torch.empty(num_rows, dtype=torch.int64, device=logits_BV.device)
-    return token_B, *torch.empty(2, num_rows, device=logits_BV.device).unbind()
+def run_rows(kernel, arguments, isa: str, *, logits: Tensor, temperature: float, counter: Tensor, **fields) -> None:
+    """Fill the struct `arguments` (csrc/structs.h) and run `kernel` on it.
 
-
-def row_scratch(logits_BV: Tensor) -> Tensor:
-    """[threads, floats]: as many threads as torch uses, at most one a row."""
-    num_threads = max(1, min(torch.get_num_threads(), logits_BV.shape[0]))
-    return torch.empty(num_threads, _C.scratch_floats(logits_BV.shape[1]))
+    Args:
+        isa: instruction set, one of `_C.isas()`; "" takes the best.
+        fields: members of the struct by name; of a tensor, which must be contiguous, the address.
+    """
+    logits, counter = logits.contiguous(), counter.contiguous()
+    num_rows, vocab_size = logits.shape
+    num_threads = max(1, min(torch.get_num_threads(), num_rows))
+    scratch = torch.empty(num_threads, _C.scratch_floats(vocab_size))
+    fields |= {"logits": logits, "logits_bf16": logits.dtype == torch.bfloat16, "rows": num_rows, "vocab": vocab_size,
+               "inv_temperature": 1.0 / temperature, "counter": counter, "scratch": scratch, "threads": num_threads}
+    for name, value in fields.items():
+        setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    kernel(arguments, isa)

@@ -1,7 +1,8 @@
-"""The noise of a rollout: Philox4x32-10 (Salmon et al., SC 2011) addressed by what is drawn, never by when or beside what.
+"""The noise of a rollout: Philox4x32-10 (Salmon et al., SC 2011) addressed by what is drawn and nothing else.
 
 Key: the 64-bit run seed. Counter: (index, position * 4 + stream, prompt id, step * 2**16 + sample), four 32-bit words.
-So a token's noise is the same whatever it is batched with, in every backend and engine, and nothing is stored or restored.
+So a token's noise is the same whatever it is batched with, in every backend and engine, and nothing is stored or
+restored.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ TILE_SIZE = 128
 """Ids in one tile of two-level sampling; part of the definition of a draw, whatever a kernel's own tiles are."""
 
 STREAM_TILE, STREAM_ID, STREAM_LATENT, STREAM_STOP = range(4)
-"""What a random number decides: the vocabulary tile (index: tile), the id inside it (index: vocabulary id), latent noise
-(index: id or dimension), the end of a latent block."""
+"""What a random number decides: the vocabulary tile (index: tile), the id inside it (index: vocabulary id), latent
+noise (index: id or dimension), the end of a latent block."""
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -51,13 +52,13 @@ def gumbel(seed: Tensor, index: Tensor, position: Tensor, stream: int, prompt: T
 
 
 def row_gumbel(seed: Tensor, index: Tensor, stream: int, counter_B3: Tensor) -> Tensor:
-    """Gumbel noise of rows whose counters are (position, prompt id, step * 2**16 + sample); `index` is [n] or [B, n]."""
+    """`gumbel` of rows whose counters are (position, prompt id, step * 2**16 + sample); `index` is [n] or [B, n]."""
     position, prompt, sample_word = counter_B3[:, 0:1], counter_B3[:, 1:2], counter_B3[:, 2:3]
     return gumbel(seed, index, position, stream, prompt, sample_word)
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of the 64-bit product of two 32-bit words."""
-    # the product with multiplier - 2**32 fits a signed int64 and has the same low word; its high word is short by `word`
+    # the product with multiplier - 2**32 fits a signed int64 and has the same low word; its high word lacks `word`
     product = word * (multiplier - (1 << 32))
     return word + (product >> 32), product & _MASK

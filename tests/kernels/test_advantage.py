@@ -31,7 +31,8 @@ def test_equal_rewards_teach_nothing(kind):
     everything = torch.ones(1, 7, dtype=torch.bool)
     one = torch.zeros(1, 7, dtype=torch.bool).index_fill(1, torch.tensor([3]), True)
     noise = torch.linspace(0, 1, 7, dtype=torch.float64)[None]
-    for reward, mask in ((third, everything), (noise, one), (noise, torch.zeros_like(one)), (torch.where(one, torch.nan, third), ~one)):
+    for reward, mask in ((third, everything), (noise, one), (noise, torch.zeros_like(one)),
+                         (torch.where(one, torch.nan, third), ~one)):
         assert torch.equal(group_advantage(reward, mask, kind, 0.0), torch.zeros(1, 7))
     assert (group_advantage(noise, everything, kind, 0.0) != 0).any()
 
@@ -39,7 +40,8 @@ def test_equal_rewards_teach_nothing(kind):
 def test_masked_rewards_may_hold_anything():
     for garbage in (torch.nan, torch.inf, 1e300):
         reward = torch.where(MASK, REWARD, garbage)
-        assert torch.equal(group_advantage(reward, MASK, "z_score", 1e-3), group_advantage(REWARD, MASK, "z_score", 1e-3))
+        assert torch.equal(group_advantage(reward, MASK, "z_score", 1e-3),
+                           group_advantage(REWARD, MASK, "z_score", 1e-3))
 
 
 def test_unknown_kinds_and_single_precision_are_refused():

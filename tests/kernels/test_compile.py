@@ -7,7 +7,8 @@ import torch
 from fastlatent_kernels import OPS, use_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SHAPES = {"vocab_head": {"B": 6, "D": 16, "V": 300, "mixture": 1}, "topk_mixture": {"B": 6, "V": 300, "K": 20, "top_p": 0.8},
+SHAPES = {"vocab_head": {"B": 6, "D": 16, "V": 300, "mixture": 1},
+          "topk_mixture": {"B": 6, "V": 300, "K": 20, "top_p": 0.8},
           "hrpo_gate": {"T": 6, "D": 16}, "soft_embedding": {"N": 6, "K": 4, "V": 50, "D": 16}}
 
 
@@ -28,10 +29,9 @@ def test_decode_ops_compile_without_graph_breaks(name, backend):
     assert_same(eager, compiled)
 
 
-@pytest.mark.parametrize("name", ["vocab_head", "topk_mixture", "hrpo_gate"])
-def test_generated_code_equals_the_reference(name):
+def test_generated_code_equals_the_reference():
     torch._dynamo.reset()
-    op, inputs = OPS[name], inputs_of(name, SHAPES[name])
+    op, inputs = OPS["hrpo_gate"], inputs_of("hrpo_gate", SHAPES["hrpo_gate"])
     with use_backend("reference"):
         assert_same(op(**inputs), torch.compile(op, fullgraph=True)(**inputs))
 
@@ -52,6 +52,16 @@ def test_compiled_code_follows_use_backend():
     assert len(graphs) == 2 and "topk_rows" in graphs[0] and "topk_rows" not in graphs[1]
 
 
+@pytest.mark.parametrize("unit_p_dtype", [None, torch.bfloat16])
+def test_native_operators_are_well_registered(unit_p_dtype):
+    inputs = inputs_of("topk_mixture", SHAPES["topk_mixture"])
+    assert OPS["topk_mixture"].chosen(**inputs) == "native" and OPS["vocab_head"].why_not(
+        "native", **inputs_of("vocab_head", SHAPES["vocab_head"])) is None  # both load their operators
+    logits, seed, counter = inputs["logits_BV"], inputs["seed"], inputs["counter_B3"]
+    torch.library.opcheck(torch.ops.fastlatent.topk_rows.default, (logits, 0.7, 20, 0.8, seed, counter, False))
+    torch.library.opcheck(torch.ops.fastlatent.vocab_rows.default, (logits, 0.7, seed, counter, False, unit_p_dtype))
+
+
 def assert_same(eager, compiled):
     eager, compiled = ((x,) if isinstance(x, torch.Tensor) else x for x in (eager, compiled))
     assert type(eager) is type(compiled)
@@ -65,13 +75,14 @@ def assert_same(eager, compiled):
 class NoHostReads(TorchDispatchMode):
     """Fails on operators whose result's value or shape must come back to the host."""
 
-    BANNED = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten.item,
-              torch.ops.aten.equal, torch.ops.aten._unique2, torch.ops.aten.is_nonzero}
+    BANNED = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
+              torch.ops.aten.item, torch.ops.aten.equal, torch.ops.aten._unique2, torch.ops.aten.is_nonzero}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket not in self.BANNED, f"{func} reads from the device"
         indices = args[1] if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_) else ()
-        assert not any(i is not None and i.dtype == torch.bool for i in indices), "boolean indexing reads from the device"
+        is_mask = [index is not None and index.dtype == torch.bool for index in indices]
+        assert not any(is_mask), "boolean indexing reads from the device"
         return func(*args, **kwargs or {})
 
 

@@ -16,9 +16,11 @@ def by_hand(u_r, u_i, token, mixture, bias_r, bias_i, lam, eps=0.0):
 
 
 def test_gate_equals_the_formula_worked_by_hand():
-    u, token, mixture, bias, lam = [[0.5, -1.0, 2.0, 0.25]], [[1.5, -2.0]], [[0.75, 3.0]], [0.1, -0.2, 0.3, 0.4], [6.68, 2.0]
+    u, token, mixture = [[0.5, -1.0, 2.0, 0.25]], [[1.5, -2.0]], [[0.75, 3.0]]
+    bias, lam = [0.1, -0.2, 0.3, 0.4], [6.68, 2.0]
     for eps in (0.0, 1e-8, 1e-2):
-        want = [by_hand(u[0][d], u[0][2 + d], token[0][d], mixture[0][d], bias[d], bias[2 + d], lam[d], eps) for d in range(2)]
+        want = [by_hand(u[0][d], u[0][2 + d], token[0][d], mixture[0][d], bias[d], bias[2 + d], lam[d], eps)
+                for d in range(2)]
         args = [torch.tensor(x, dtype=torch.float64) for x in (u, token, mixture, bias, lam)]
         got = hrpo_gate(*args, torch.tensor([True]), eps)
         torch.testing.assert_close(got, torch.tensor([want], dtype=torch.float64), rtol=1e-13, atol=0)
@@ -37,7 +39,8 @@ def test_positions_that_are_not_latent_are_the_token_bit_for_bit():
     assert torch.equal(out[~latent], token[~latent]) and not torch.equal(out[latent], token[latent])
 
 
-@pytest.mark.parametrize(("u_shift", "lam"), [(0.0, 200.0), (-200.0, 5.0), (0.0, 90.0)], ids=["lambda", "r", "subnormal"])
+@pytest.mark.parametrize(("u_shift", "lam"), [(0.0, 200.0), (-200.0, 5.0), (0.0, 90.0)],
+                         ids=["lambda", "r", "subnormal"])
 def test_no_decay_is_exactly_the_token_with_finite_gradients(u_shift, lam):
     torch.manual_seed(0)
     u, token, mixture = torch.randn(5, 16) + u_shift, torch.randn(5, 8), torch.randn(5, 8)
@@ -52,7 +55,8 @@ def test_no_decay_is_exactly_the_token_with_finite_gradients(u_shift, lam):
 def test_gradients_near_no_decay_are_those_of_float64():
     """Where a is within 1e-7 of 1, 1 - a * a would be noise in float32."""
     torch.manual_seed(0)
-    inputs = [torch.randn(3, 8), torch.randn(3, 4), torch.randn(3, 4), torch.randn(8), torch.tensor([15.0, 20.0, 30.0, 60.0])]
+    inputs = [torch.randn(3, 8), torch.randn(3, 4), torch.randn(3, 4), torch.randn(8),
+              torch.tensor([15.0, 20.0, 30.0, 60.0])]
     grads = []
     for dtype in (torch.float32, torch.float64):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
@@ -65,7 +69,8 @@ def test_gradients_near_no_decay_are_those_of_float64():
 
 def test_gate_gradients_pass_gradcheck():
     torch.manual_seed(0)
-    leaves = [torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((3, 8), (3, 4), (3, 4), (8,), (4,))]
+    leaves = [torch.randn(*size, dtype=torch.float64, requires_grad=True)
+              for size in ((3, 8), (3, 4), (3, 4), (8,), (4,))]
     latent = torch.tensor([True, False, True])
     assert torch.autograd.gradcheck(lambda *x: hrpo_gate(*x, latent), leaves)
 
@@ -78,17 +83,17 @@ def test_soft_embedding_is_a_dense_product_with_the_mixture():
     out = soft_embedding(ids, weight, table)
     torch.testing.assert_close(out, dense)
     direction = torch.randn_like(out)
-    for got, want in zip(torch.autograd.grad(out, (weight, table), direction), torch.autograd.grad(dense, (weight, table), direction),
-                         strict=True):
+    for got, want in zip(torch.autograd.grad(out, (weight, table), direction),
+                         torch.autograd.grad(dense, (weight, table), direction), strict=True):
         torch.testing.assert_close(got, want)
 
 
 def test_arguments_that_do_not_fit_are_named():
-    good = dict(u_T2D=torch.zeros(2, 6), token_TD=torch.zeros(2, 3), mixture_TD=torch.zeros(2, 3), bias_2D=torch.zeros(6),
-                lambda_D=torch.zeros(3), latent_T=torch.ones(2, dtype=torch.bool))
+    good = dict(u_T2D=torch.zeros(2, 6), token_TD=torch.zeros(2, 3), mixture_TD=torch.zeros(2, 3),
+                bias_2D=torch.zeros(6), lambda_D=torch.zeros(3), latent_T=torch.ones(2, dtype=torch.bool))
     hrpo_gate(**good)
-    for name, bad in {"u_T2D": torch.zeros(2, 3), "mixture_TD": torch.zeros(3, 2), "lambda_D": torch.zeros(3).bfloat16(),
-                      "latent_T": torch.ones(2)}.items():
+    for name, bad in {"u_T2D": torch.zeros(2, 3), "mixture_TD": torch.zeros(3, 2),
+                      "lambda_D": torch.zeros(3).bfloat16(), "latent_T": torch.ones(2)}.items():
         with pytest.raises(ValueError, match=f"^{name}: expected a .* got {str(bad.dtype)[6:]}"):
             hrpo_gate(**good | {name: bad})
     with pytest.raises(ValueError, match="^compat_eps: expected a number >= 0, got -1"):

@@ -1,4 +1,4 @@
-"""The noise contract: Philox against its published vectors and numpy, and a draw that depends on nothing but its address."""
+"""The noise contract: Philox against its published vectors and numpy, and draws by nothing but address."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,8 @@ def test_uniform_is_addressed_as_the_contract_says():
 
 def test_uniform_is_uniform_and_its_streams_differ():
     index = torch.arange(100_000)
-    draws = [uniform(torch.tensor(1), index, torch.tensor(3), stream, torch.tensor(9), torch.tensor(65537)) for stream in range(2)]
+    draws = [uniform(torch.tensor(1), index, torch.tensor(3), stream, torch.tensor(9), torch.tensor(65537))
+             for stream in range(2)]
     for u in draws:
         counts = torch.histc(u, 50, 0, 1).double()
         assert ((counts - 2000) ** 2 / 2000).sum() < 95  # chi-square, 49 degrees of freedom: p = 1e-4

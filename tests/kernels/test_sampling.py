@@ -1,4 +1,4 @@
-"""The two sampling heads: the law of what they draw, its independence of the batch, the mixture, and their native twins."""
+"""The two sampling heads: the law of what they draw, its independence of the batch, the mixture, native twins."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_topk_mixture_draws_from_the_truncated_softmax(backend):
 
 
 def assert_law(token_B: torch.Tensor, p_V: torch.Tensor) -> None:
-    """Chi-square over ids expected at least five times, the rest as one bin; passes a true sampler with probability 1 - 1e-4."""
+    """Chi-square at p = 1e-4 over the ids expected at least five times, with the rest as one bin."""
     counts, expected = torch.bincount(token_B, minlength=len(p_V)).double(), p_V * len(token_B)
     assert (counts[p_V == 0] == 0).all()
     big = expected >= 5
@@ -57,7 +57,7 @@ def assert_law(token_B: torch.Tensor, p_V: torch.Tensor) -> None:
     observed, wanted = observed[wanted > 0], wanted[wanted > 0]
     dof = len(wanted) - 1
     assert dof > 5
-    limit = dof * (1 - 2 / (9 * dof) + 3.72 * math.sqrt(2 / (9 * dof))) ** 3  # Wilson-Hilferty at p = 1e-4
+    limit = dof * (1 - 2 / (9 * dof) + 3.72 * math.sqrt(2 / (9 * dof))) ** 3  # Wilson-Hilferty
     assert ((observed - wanted) ** 2 / wanted).sum() < limit
 
 
@@ -92,7 +92,8 @@ def test_native_tokens_are_the_reference_s_on_every_instruction_set():
             torch.testing.assert_close(logprob, head.logprob_B, rtol=0, atol=1e-5)
             torch.testing.assert_close(entropy, head.entropy_B, rtol=0, atol=1e-5)
             torch.testing.assert_close(unit_p, head.mixture_BD, rtol=0, atol=2e-6)
-            out = TopkMixture(*torch.ops.fastlatent.topk_rows(logits, 0.7, min(V, 50), 0.95, SEED, counter, False, isa))
+            out = TopkMixture(*torch.ops.fastlatent.topk_rows(
+                logits, 0.7, min(V, 50), 0.95, SEED, counter, False, isa))
             assert torch.equal(out.token_B, top.token_B) and torch.equal(out.ids_BK, top.ids_BK)
             for name in ("logprob_B", "log_kept_B", "entropy_B", "weights_BK"):
                 torch.testing.assert_close(getattr(out, name), getattr(top, name), rtol=0, atol=1e-5)
@@ -136,18 +137,21 @@ def test_forbidden_tokens_weigh_nothing(backend):
     out = topk_mixture(logits, 1.0, 50, 1.0, SEED, counters(40), False, backend=backend)
     assert set(out.token_B.tolist()) == {7, 200}
     assert out.ids_BK[0, :4].tolist() == [7, 200, 0, 1] and (out.weights_BK[:, 2:] == 0).all()
-    for got, want in ((out.weights_BK[:, :2], math.sqrt(0.5)), (out.entropy_B, math.log(2)), (out.logprob_B, -math.log(2)),
-                      (out.log_kept_B, 0.0)):
+    for got, want in ((out.weights_BK[:, :2], math.sqrt(0.5)), (out.entropy_B, math.log(2)),
+                      (out.logprob_B, -math.log(2)), (out.log_kept_B, 0.0)):
         torch.testing.assert_close(got, torch.full_like(got, want), rtol=0, atol=1e-6)
 
 
 def test_arguments_that_do_not_fit_are_named():
     hidden, weight, counter = torch.zeros(2, 3), torch.zeros(9, 3), counters(2)
-    for name, args in {"temperature": (hidden, weight, 0.0, SEED, counter), "seed": (hidden, weight, 1.0, SEED.float(), counter),
-                       "counter_B3": (hidden, weight, 1.0, SEED, counter[:1]), "weight_VD": (hidden, weight.t(), 1.0, SEED, counter)}.items():
+    for name, args in {"temperature": (hidden, weight, 0.0, SEED, counter),
+                       "seed": (hidden, weight, 1.0, SEED.float(), counter),
+                       "counter_B3": (hidden, weight, 1.0, SEED, counter[:1]),
+                       "weight_VD": (hidden, weight.t(), 1.0, SEED, counter)}.items():
         with pytest.raises(ValueError, match=f"^{name}: expected "):
             vocab_head(*args, False, None)
-    for top_k, top_p, message in ((0, 1.0, "top_k: expected a whole number from 1 to 9, got 0"), (10, 1.0, "top_k: .* got 10"),
+    for top_k, top_p, message in ((0, 1.0, "top_k: expected a whole number from 1 to 9, got 0"),
+                                  (10, 1.0, "top_k: .* got 10"),
                                   (5, 0.0, "top_p: expected a number above 0, at most 1, got 0.0")):
         with use_backend("native"), pytest.raises(ValueError, match=message):
             topk_mixture(torch.zeros(2, 9), 1.0, top_k, top_p, SEED, counter, False)

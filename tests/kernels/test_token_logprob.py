@@ -1,4 +1,4 @@
-"""token_logprob against plain log_softmax and autograd, and what it never does: hold the whole logits, or work for nothing."""
+"""token_logprob against plain log_softmax and autograd, and what it never does: hold all logits, work for nothing."""
 
 import pytest
 import torch
@@ -37,11 +37,14 @@ def test_float32_master_weights_serve_bfloat16_hidden_states():
     rounded = hidden.detach().bfloat16().requires_grad_()
     logprob, entropy = token_logprob(rounded, weight, target)
     (logprob.sum() + 0.1 * entropy.sum()).backward()
-    assert logprob.dtype == entropy.dtype == weight.grad.dtype == torch.float32 and rounded.grad.dtype == torch.bfloat16
-    exact_hidden, exact_weight = rounded.detach().double().requires_grad_(), weight.detach().bfloat16().double().requires_grad_()
+    assert logprob.dtype == entropy.dtype == weight.grad.dtype == torch.float32
+    assert rounded.grad.dtype == torch.bfloat16
+    exact_hidden = rounded.detach().double().requires_grad_()
+    exact_weight = weight.detach().bfloat16().double().requires_grad_()
     exact = plain(exact_hidden, exact_weight, target, 1.0)
     (exact[0].sum() + 0.1 * exact[1].sum()).backward()
-    for got, want in ((logprob, exact[0]), (entropy, exact[1]), (rounded.grad, exact_hidden.grad), (weight.grad, exact_weight.grad)):
+    for got, want in ((logprob, exact[0]), (entropy, exact[1]), (rounded.grad, exact_hidden.grad),
+                      (weight.grad, exact_weight.grad)):
         assert (got.double() - want).norm() < 0.01 * want.norm()
 
 

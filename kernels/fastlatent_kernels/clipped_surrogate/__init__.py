@@ -1,7 +1,8 @@
-"""The clipped policy-gradient surrogate with its KL penalty and entropy bonus: the one place a policy loss is computed.
+"""The clipped policy-gradient surrogate with its KL and entropy terms: the one place a policy loss is computed.
 
-PPO's clip (arXiv:1707.06347) with separate sides (DAPO's clip-higher, arXiv:2503.14476) and the dual clip of arXiv:1912.09729.
-KL estimators: http://joschu.net/blog/kl-approx.html. Log-ratios are clamped to +-20 before exp, so that no loss overflows.
+PPO's clip (arXiv:1707.06347) with separate sides (DAPO's clip-higher, arXiv:2503.14476) and the dual clip of
+arXiv:1912.09729. KL estimators: http://joschu.net/blog/kl-approx.html. Log-ratios are clamped to +-20 before exp, so
+that no loss overflows.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from fastlatent_kernels.dispatch import op
 
 STATS = ("count", "policy_loss", "kl", "entropy", "clip_low", "clip_high", "dual_clipped", "ratio", "approx_kl",
          "log_ratio_abs")
-"""Sums over the tokens of non-zero weight: their number; the weighted surrogate without its KL and entropy terms; the KL to the
-reference (0 without one); entropy; tokens clipped below, above and by the dual clip; ratios; the k3 estimate of
-KL(old || new); |log ratio|."""
+"""Sums over the tokens of non-zero weight: their number; the weighted surrogate without its KL and entropy terms; the
+KL to the reference (0 without one); entropy; tokens clipped below, above and by the dual clip; ratios; the k3 estimate
+of KL(old || new); |log ratio|."""
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 _MAX_LOG_RATIO = 20.0
@@ -29,8 +30,8 @@ class Surrogate(NamedTuple):
     stats: Tensor  # [len(STATS)] in the same dtype, detached
 
 
-def _check(logprob_A, old_logprob_A, ref_logprob_A, entropy_A, advantage_A, weight_A, *, clip_low, clip_high, dual_clip=None,
-           kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0) -> None:
+def _check(logprob_A, old_logprob_A, ref_logprob_A, entropy_A, advantage_A, weight_A, *, clip_low, clip_high,
+           dual_clip=None, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0) -> None:
     expect("logprob_A", logprob_A, ("A",))
     for name, tensor in (("old_logprob_A", old_logprob_A), ("ref_logprob_A", ref_logprob_A), ("entropy_A", entropy_A),
                          ("advantage_A", advantage_A), ("weight_A", weight_A)):
@@ -48,14 +49,14 @@ def _check(logprob_A, old_logprob_A, ref_logprob_A, entropy_A, advantage_A, weig
 
 @op(check=_check)
 def clipped_surrogate(
-        logprob_A: Tensor, old_logprob_A: Tensor | None, ref_logprob_A: Tensor | None, entropy_A: Tensor, advantage_A: Tensor,
-        weight_A: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None, kl_coef: float = 0.0,
-        kl_estimator: str = "k3", entropy_coef: float = 0.0) -> Surrogate:
-    """Loss sum_A weight * (-min(ratio A, clip(ratio, 1 - low, 1 + high) A) + kl_coef KL - entropy_coef H), and statistics.
+        logprob_A: Tensor, old_logprob_A: Tensor | None, ref_logprob_A: Tensor | None, entropy_A: Tensor,
+        advantage_A: Tensor, weight_A: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None,
+        kl_coef: float = 0.0, kl_estimator: str = "k3", entropy_coef: float = 0.0) -> Surrogate:
+    """Loss sum_A weight * (-min(ratio A, clip(ratio, 1 - low, 1 + high) A) + kl_coef KL - entropy_coef H).
 
     Args:
         old_logprob_A: None means on policy: ratio = exp(logprob - stopgrad(logprob)), whose value is 1.
-        weight_A: already divided by whatever the step is normalised with; 0 takes the token out of loss and statistics.
+        weight_A: already divided by whatever the step is normalised with; 0 takes the token out of everything.
         dual_clip: c bounds the loss of a negative advantage by c |A|.
         kl_estimator: k1 (log ratio), k2 (half its square) or k3 (unbiased and positive) of KL(pi || ref).
 
@@ -84,8 +85,8 @@ def clipped_surrogate(
     with torch.no_grad():
         clip_low_A = (advantage_A < 0) & (ratio_A < 1 - clip_low)
         clip_high_A = (advantage_A > 0) & (ratio_A > 1 + clip_high)
-        columns = (torch.ones_like(loss_A), -gain_A * weight_A, kl_A, entropy_A, clip_low_A, clip_high_A, is_dual_A, ratio_A,
-                   torch.expm1(log_ratio_A) - log_ratio_A, log_ratio_A.abs())
+        columns = (torch.ones_like(loss_A), -gain_A * weight_A, kl_A, entropy_A, clip_low_A, clip_high_A, is_dual_A,
+                   ratio_A, torch.expm1(log_ratio_A) - log_ratio_A, log_ratio_A.abs())
         stats = torch.where(is_live_A, torch.stack([column.to(dtype) for column in columns]), 0.0).sum(dim=1)
     return Surrogate(torch.where(is_live_A, loss_A * weight_A, 0.0).sum(), stats)
 

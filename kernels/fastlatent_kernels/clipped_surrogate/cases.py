@@ -18,7 +18,8 @@ def make_inputs(shape: dict[str, int], *, dtype: torch.dtype, device: str, seed:
               "weight_A": (torch.rand(A, generator=g) < 0.8) / A}
     # log-probabilities are float32 whatever the dtype of the model
     return {name: value.to(device) for name, value in inputs.items()} | {
-        "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5, "kl_coef": 0.1, "kl_estimator": "k3", "entropy_coef": 0.01}
+        "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5, "kl_coef": 0.1,
+        "kl_estimator": "k3", "entropy_coef": 0.01}
 
 
 def bytes_moved(shape: dict[str, int], dtype: torch.dtype) -> int:

@@ -1,6 +1,6 @@
 """Group-relative advantages: how much better each rollout did than its siblings.
 
-Deviation from the GRPO paper: a group whose rewards are all equal gives 0 instead of a division by a vanishing deviation.
+Deviation from the GRPO paper: a group whose rewards are all equal gives 0, not a division by a vanishing deviation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _check(reward_SG, mask_SG, kind, eps) -> None:
 def group_advantage(reward_SG: Tensor, mask_SG: Tensor, kind: str, eps: float) -> Tensor:
     """Advantage [S, G], float32 from float64 sums, of each valid reward among the valid rewards r of its row.
 
-    z_score: (r - mean) / (std + eps), ddof 1. mean_only: r - mean (Dr.GRPO). leave_one_out: r - mean of the others (RLOO).
+    z_score: (r - mean) / (std + eps), ddof 1. mean_only: r - mean (Dr.GRPO). leave_one_out: r - mean of others (RLOO).
     Exactly 0 where masked, and in groups with fewer than two valid rewards or with all of them equal.
 
     Args:

@@ -14,7 +14,8 @@ def make_inputs(shape: dict[str, int], *, dtype: torch.dtype, device: str, seed:
     g = torch.Generator().manual_seed(seed)
     # rewards are float64 whatever the dtype of the model
     return {"reward_SG": torch.randn(size, generator=g).double().to(device),
-            "mask_SG": (torch.rand(size, generator=g) < 0.8).to(device), "kind": shape.get("kind", "z_score"), "eps": 1e-4}
+            "mask_SG": (torch.rand(size, generator=g) < 0.8).to(device),
+            "kind": shape.get("kind", "z_score"), "eps": 1e-4}
 
 
 def bytes_moved(shape: dict[str, int], dtype: torch.dtype) -> int:

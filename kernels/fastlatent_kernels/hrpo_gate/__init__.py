@@ -1,7 +1,7 @@
 """The gate of HRPO (arXiv:2505.18454): how much of the next input is the drawn token, how much the vocabulary mixture.
 
-Deviations from the paper: softplus(-Lambda), the sign of the authors' code and initialiser (the paper prints +Lambda), and
-sqrt(1 - a^2) without their 1e-8 (`compat_eps` puts it back), so that a = 1 is exactly plain token reasoning.
+Deviations from the paper: softplus(-Lambda), the sign of the authors' code and initialiser (the paper prints +Lambda),
+and sqrt(1 - a^2) without their 1e-8 (`compat_eps` puts it back), so that a = 1 is exactly plain token reasoning.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def hrpo_gate(u_T2D: Tensor, token_TD: Tensor, mixture_TD: Tensor, bias_2D: Tens
         latent_T: bool.
 
     Returns:
-        [T, D] in the dtype of `token_TD`; arithmetic is float32. Where log a = 0 and compat_eps = 0 it equals `token_TD`
-        bit for bit, and the gradients of u, bias and Lambda take their limit there, 0 for the part through s.
+        [T, D] in the dtype of `token_TD`; arithmetic is float32. Where log a = 0 and compat_eps = 0 it equals
+        `token_TD` bit for bit, and the gradients of u, bias and Lambda take their limit there (through s: 0).
     """
     dtype, D = compute_dtype(token_TD), token_TD.shape[1]
     gate_T2D = torch.sigmoid(u_T2D.to(dtype) + bias_2D.to(dtype))
@@ -54,7 +54,7 @@ def hrpo_gate(u_T2D: Tensor, token_TD: Tensor, mixture_TD: Tensor, bias_2D: Tens
 
 
 def gate_decay(u_TD: Tensor, bias_D: Tensor, lambda_D: Tensor) -> Tensor:
-    """The decay a [T, D] of the gate for the first half of `u_T2D` and of its bias: float32 (float64 for float64), for statistics."""
+    """The gate's decay a [T, D], float32 (float64 for float64), from the first halves of `u_T2D` and its bias."""
     dtype = compute_dtype(u_TD)
     return torch.exp(_log_decay(torch.sigmoid(u_TD.to(dtype) + bias_D.to(dtype)), lambda_D.to(dtype)))
 
@@ -67,8 +67,8 @@ def _complement(log_a_TD: Tensor, compat_eps: float) -> Tensor:
     """sqrt(1 - a^2 + compat_eps), its gradient finite where a is 1."""
     if compat_eps > 0:
         return torch.sqrt(compat_eps - torch.expm1(2 * log_a_TD))
-    # the slope of sqrt at 0 is infinite while that of log a is 0, their product 0: the inner where keeps the infinity out of
-    # autograd. `tiny` and not 0, because hardware may flush subnormal numbers to 0 after the comparison
+    # the slope of sqrt at 0 is infinite while that of log a is 0, their product 0: the inner where keeps the infinity
+    # out of autograd. `tiny` and not 0, because hardware may flush subnormal numbers to 0 after the comparison
     is_one_TD = log_a_TD > -torch.finfo(log_a_TD.dtype).tiny
     away_TD = torch.where(is_one_TD, -1.0, log_a_TD)
     return torch.where(is_one_TD, 0.0, torch.sqrt(-torch.expm1(2 * away_TD)))

@@ -23,7 +23,8 @@ def soft_embedding(ids_NK: Tensor, weight_NK: Tensor, table_VD: Tensor) -> Tenso
 
     Differentiable in the weights and the table. An id may repeat; a weight of 0 drops its id.
     """
-    parts = [_mix(ids, weight, table_VD) for ids, weight in zip(ids_NK.split(_ROWS), weight_NK.split(_ROWS), strict=True)]
+    chunks = zip(ids_NK.split(_ROWS), weight_NK.split(_ROWS), strict=True)
+    parts = [_mix(ids, weight, table_VD) for ids, weight in chunks]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

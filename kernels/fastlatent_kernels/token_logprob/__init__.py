@@ -1,6 +1,6 @@
-"""Log-probability and entropy of given tokens straight from hidden states, without the [A, V] logits ever existing at once.
+"""Log-probability and entropy of given tokens straight from hidden states; the [A, V] logits never exist at once.
 
-Logits are made for a few rows at a time and made again in the backward pass: one more GEMM, in return for A * V floats.
+Logits are made for a few rows at a time and made again in the backward pass: a GEMM more, A * V floats less.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ def _check(hidden_AD, weight_VD, target_A, temperature=1.0) -> None:
 
 
 @op(check=_check)
-def token_logprob(hidden_AD: Tensor, weight_VD: Tensor, target_A: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target under softmax(hidden @ weight.T / temperature), and that distribution's entropy in nats.
+def token_logprob(
+        hidden_AD: Tensor, weight_VD: Tensor, target_A: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target under softmax(hidden @ weight.T / temperature), and its entropy in nats.
 
     Args:
         hidden_AD: its dtype is that of the GEMMs; logits and all that follows are float32 (float64 for float64).
-        weight_VD: may be a float32 master of a bfloat16 model: it is rounded to the dtype of `hidden_AD` once per call, and its
-            gradient, accumulated in float32, comes back in its own dtype.
+        weight_VD: may be a float32 master of a bfloat16 model: it is rounded to the dtype of `hidden_AD` once per
+            call, and its gradient, accumulated in float32, comes back in its own dtype.
 
     Returns:
         logprob_A and entropy_A, float32, both differentiable in hidden and weight.
@@ -38,7 +39,7 @@ def token_logprob(hidden_AD: Tensor, weight_VD: Tensor, target_A: Tensor, temper
 def head_logits(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
     """hidden @ weight.T [B, V] in float32 (float64 for float64), without gradient.
 
-    On CUDA a half-precision GEMM writes its float32 accumulators; on a CPU its results are rounded to half precision first.
+    On CUDA a half-precision GEMM writes its float32 accumulators; on a CPU its results come rounded to half precision.
     """
     with torch.no_grad():
         return _matmul(hidden_BD, weight_VD.to(hidden_BD.dtype).t(), compute_dtype(hidden_BD))
@@ -123,7 +124,7 @@ def _accumulate(into_VD: Tensor, left_VR: Tensor, right_RD: Tensor) -> None:
 
 
 def _row_chunks(hidden_AD: Tensor, vocab_size: int) -> list[slice]:
-    """Rows per GEMM: few enough that a chunk is at most an eighth of the rows (or 64), many enough to feed the device."""
+    """Rows per GEMM: few enough that a chunk is at most an eighth of the rows (or 64), enough to feed the device."""
     num_rows = hidden_AD.shape[0]
     # a CPU wants its chunk near its cache; a GPU wants the weights read few times, within 2**28 logits
     most = max(64, min(2048, 2**28 // vocab_size)) if hidden_AD.is_cuda else 128

@@ -11,7 +11,8 @@ BENCH_SHAPES = [{"A": a, "D": 576, "V": 49152} for a in (256, 2048)]
 def make_inputs(shape: dict[str, int], *, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, object]:
     A, D, V = shape["A"], shape["D"], shape["V"]
     g = torch.Generator().manual_seed(seed)
-    inputs = {"hidden_AD": torch.randn(A, D, generator=g).to(dtype), "weight_VD": 2 * torch.randn(V, D, generator=g) / D**0.5,
+    inputs = {"hidden_AD": torch.randn(A, D, generator=g).to(dtype),
+              "weight_VD": 2 * torch.randn(V, D, generator=g) / D**0.5,
               "target_A": torch.randint(V, (A,), generator=g)}
     return {name: value.to(device) for name, value in inputs.items()} | {"temperature": 0.8}
 

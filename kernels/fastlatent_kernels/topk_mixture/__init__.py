@@ -20,7 +20,7 @@ MAX_TOP_K = 64
 class TopkMixture(NamedTuple):
     token_B: Tensor  # int64
     logprob_B: Tensor  # float32, log softmax(logits / T) of the token over the whole vocabulary
-    log_kept_B: Tensor  # float32, log of the mass top-k and top-p kept; the log-probability it was drawn with is logprob - log_kept
+    log_kept_B: Tensor  # float32, log of the mass top-k and top-p kept; it was drawn with logprob - log_kept
     entropy_B: Tensor  # float32, of softmax(logits / T) over the whole vocabulary, in nats
     ids_BK: Tensor  # int64, the k likeliest, likeliest first, the lower id first among equals
     weights_BK: Tensor  # float32, p / ||p||_2 of the renormalised kept distribution; 0 for ids that top-p drops
@@ -44,8 +44,8 @@ def topk_mixture(logits_BV: Tensor, temperature: float, top_k: int, top_p: float
     Args:
         logits_BV: arithmetic is float32 (float64 for float64); -inf forbids a token.
         top_p: keeps the tokens before which, likeliest first, less than this mass of the whole distribution lies.
-        seed, counter_B3: see `fastlatent_kernels.noise`; int64, counter = (position, prompt id, step * 2**16 + sample).
-        greedy: take the likeliest token (the lowest id among equals); the weights are those of the temperature all the same.
+        seed, counter_B3: int64, see `fastlatent_kernels.noise`; (position, prompt id, step * 2**16 + sample).
+        greedy: take the likeliest token (the lowest id among equals); the weights keep their temperature.
     """
     raw_BV = logits_BV.to(compute_dtype(logits_BV))
     ids_BK = _top_ids(raw_BV, top_k)
@@ -61,12 +61,13 @@ def topk_mixture(logits_BV: Tensor, temperature: float, top_k: int, top_p: float
         before_BK = p_BK.cumsum(dim=1) - p_BK
         logprob_BK = torch.where(before_BK < top_p, logprob_BK, -torch.inf)
     log_kept_B = logprob_BK.logsumexp(dim=1).clamp(max=0.0)
-    unscaled_BK = (logprob_BK - logprob_BK[:, :1]).exp()  # the likeliest is always kept; its 1 keeps the norm from underflow
+    # relative to the likeliest, which is always kept: its 1 keeps the norm from underflow
+    unscaled_BK = (logprob_BK - logprob_BK[:, :1]).exp()
     weights_BK = unscaled_BK / unscaled_BK.norm(dim=1, keepdim=True)
 
     place_B1 = torch.zeros_like(ids_BK[:, :1]) if greedy else _draw(logprob_BK, ids_BK, seed, counter_B3)
-    return TopkMixture(ids_BK.gather(1, place_B1)[:, 0], logprob_BK.gather(1, place_B1)[:, 0], log_kept_B, entropy_B, ids_BK,
-                       weights_BK)
+    return TopkMixture(ids_BK.gather(1, place_B1)[:, 0], logprob_BK.gather(1, place_B1)[:, 0], log_kept_B, entropy_B,
+                       ids_BK, weights_BK)
 
 
 def _draw(logprob_BK: Tensor, ids_BK: Tensor, seed: Tensor, counter_B3: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def _draw(logprob_BK: Tensor, ids_BK: Tensor, seed: Tensor, counter_B3: Tensor) 
 
 
 def _top_ids(raw_BV: Tensor, top_k: int) -> Tensor:
-    """The k ids of the largest logits, largest first; the lower id first among equals, which torch.topk does not promise."""
+    """Ids of the k largest logits, largest first, lower id first among equals, which torch.topk does not promise."""
     if raw_BV.dtype == torch.float64:
         return raw_BV.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     bits_BV = (raw_BV + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0

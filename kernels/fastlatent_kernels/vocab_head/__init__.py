@@ -1,7 +1,8 @@
-"""The sampling head over the whole vocabulary: draw a token, and mix the embedding of all tokens by their probabilities.
+"""The sampling head over the whole vocabulary: draw a token, and mix all embeddings by their probabilities.
 
-Sampling is exact two-level Gumbel-max: the tile of 128 ids with the largest logsumexp(tile) + Gumbel, then the id inside it with
-the largest logit + Gumbel. It needs V / 128 + 128 random numbers a row instead of V, and gives the law of softmax exactly.
+Sampling is exact two-level Gumbel-max: the tile of 128 ids with the largest logsumexp(tile) + Gumbel, then the id
+inside it with the largest logit + Gumbel. It needs V / 128 + 128 random numbers a row instead of V, and gives the law
+of softmax exactly.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ def _check(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD
 
 @op(backends=("native",), check=_check)
 @torch.no_grad()
-def vocab_head(hidden_BD: Tensor, weight_VD: Tensor, temperature: float, seed: Tensor, counter_B3: Tensor, greedy: bool,
-               embed_VD: Tensor | None) -> VocabHead:
-    """Draw a token from softmax(hidden @ weight.T / temperature) and return what is worth knowing about it, without gradient.
+def vocab_head(hidden_BD: Tensor, weight_VD: Tensor, temperature: float, seed: Tensor, counter_B3: Tensor,
+               greedy: bool, embed_VD: Tensor | None) -> VocabHead:
+    """Draw a token from softmax(hidden @ weight.T / temperature) without gradient.
 
     Args:
         hidden_BD: its dtype is that of the GEMM; everything after it is float32 (float64 for float64).
         temperature: above 0; it shapes the mixture and the log-probability even where `greedy`.
-        seed, counter_B3: see `fastlatent_kernels.noise`; int64, counter = (position, prompt id, step * 2**16 + sample).
+        seed, counter_B3: int64, see `fastlatent_kernels.noise`; (position, prompt id, step * 2**16 + sample).
         greedy: take the likeliest token (the lowest id among equals) instead of drawing one.
         embed_VD: the input embedding, where the mixture is wanted.
     """

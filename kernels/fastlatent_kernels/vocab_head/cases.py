@@ -13,7 +13,8 @@ def make_inputs(shape: dict[str, int], *, dtype: torch.dtype, device: str, seed:
     B, D, V = shape["B"], shape["D"], shape["V"]
     g = torch.Generator().manual_seed(seed)
     counter_B3 = torch.randint(2**16, (B, 3), generator=g)
-    inputs = {"hidden_BD": torch.randn(B, D, generator=g).to(dtype), "weight_VD": (3 * torch.randn(V, D, generator=g) / D**0.5).to(dtype),
+    inputs = {"hidden_BD": torch.randn(B, D, generator=g).to(dtype),
+              "weight_VD": (3 * torch.randn(V, D, generator=g) / D**0.5).to(dtype),
               "temperature": 0.7, "seed": torch.tensor(-3 - 2**40), "counter_B3": counter_B3,
               "greedy": bool(shape.get("greedy")), "embed_VD": None}
     if shape.get("mixture"):
@@ -22,5 +23,5 @@ def make_inputs(shape: dict[str, int], *, dtype: torch.dtype, device: str, seed:
 
 
 def bytes_moved(shape: dict[str, int], dtype: torch.dtype) -> int:
-    """Least traffic: the weights once (they are the input embedding too where the two are tied), hidden in, mixture out."""
+    """Least traffic: the weights once (tied, they are the input embedding too), hidden in, mixture out."""
     return (shape["V"] + 2 * shape["B"]) * shape["D"] * dtype.itemsize

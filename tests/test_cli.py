@@ -1,0 +1,214 @@
+"""Bad input is one sentence on stderr and exit code 2, found before a model is loaded and without leaving anything behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import fastlatent
+from fastlatent import evaluate, export, generate, models, train
+from fastlatent.cli import run_command
+
+GOOD = ["grpo_quickstart", "model.path=model", "data.name=jsonl", "data.train=rows.jsonl", "num_prompts=4", "eval.every=0",
+        "num_steps=1", "chat.max_prompt_tokens=64"]
+FILES = {
+    "not-json.jsonl": '{"question": "a?", "answer": 1}\n\n{"question": "b?", "answer": }\n',
+    "no-object.jsonl": '{"question": "a?", "answer": 1}\n[1]\n',
+    "no-column.jsonl": '{"question": "a?", "anwser": 1}\n',
+    "no-answer.jsonl": '{"question": "a?", "answer": ""}\n',
+    "empty.jsonl": "\n",
+    "two.jsonl": '{"question": "a?", "answer": 1}\n' * 2,
+    "long.jsonl": '{"question": "a?", "answer": 1}\n' * 5 + json.dumps({"question": "ab " * 99, "answer": 1}) + "\n",
+    "broken.yaml": "optim:\n  lr: [1\n",
+    "file": "",
+    "own.py": "def f(completion):\n    return 1.0\n",
+    "wants.py": "def column(completion, difficulty):\n    return 1.0\n",
+    "broken_reward.py": "raise RuntimeError('not today')\n",
+    "only_tokens.py": "from fastlatent.rollout.hf_engine import HFEngine\nfrom fastlatent.types import Capability\n"
+                      "class Engine(HFEngine):\n    capabilities = frozenset({Capability.TOKENS})\n",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    tiny.save(path / "model")
+    tiny.save(path / "no-template")
+    (path / "no-template" / "chat_template.jinja").unlink()
+    (path / "no-model").mkdir()
+    (path / "used").mkdir()
+    (path / "used" / "notes.txt").write_text("mine")
+    (path / "rows.jsonl").write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": n + 1}) + "\n" for n in range(8)))
+    for name, content in FILES.items():
+        (path / name).write_text(content)
+    return path
+
+
+@pytest.fixture
+def inside(folder, monkeypatch):
+    """In the folder, where no model can be loaded, nothing can be downloaded and nothing is in the cache."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(models, "load_causal_lm", refuse)
+    monkeypatch.setenv("FASTLATENT_CACHE", str(folder / "empty-cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return folder
+
+
+def everything(folder: Path) -> set[str]:
+    """Files and folders, without caches and locks."""
+    return {str(path) for path in folder.rglob("*") if "empty-cache" not in str(path) and "__pycache__" not in str(path)}
+
+
+def sentence_of(main, argv: list[str], capsys) -> str:
+    """What the command says when it refuses."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run_command(main, argv)
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert out == "" and err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err
+
+
+TRAIN = {
+    # data
+    "data.train=nowhere.jsonl": "nowhere.jsonl: cannot be read (No such file or directory)",
+    "data.train=not-json.jsonl": "not-json.jsonl, line 3: not JSON (",
+    "data.train=no-object.jsonl": "no-object.jsonl, line 2: wanted a JSON object, got list",
+    "data.train=no-column.jsonl": "no-column.jsonl, line 1: there is no column 'answer'; did you mean 'anwser'?",
+    "data.train=no-answer.jsonl": "no-answer.jsonl, line 1: column 'answer': the answer is empty",
+    "data.train=empty.jsonl": "empty.jsonl: holds no rows",
+    "data.train=two.jsonl": "data: 2 training rows are fewer than num_prompts=4",
+    "data.train=long.jsonl": "long.jsonl, line 6: the prompt has ",
+    "data.train=": "data.train: wanted a file",
+    "data.name=jsnol": "data.name: 'jsnol' is not one of ",
+    "eval.every=1": "eval.every: there is no held-out data",
+    # models
+    "model.path=./nowhere": "model.path: there is no folder './nowhere'",
+    "model.path=no-model": "model.path: no-model is no Hugging Face folder: it holds no config.json",
+    "model.path=file": "model.path: file is a file",
+    "model.path=no-template": "chat.template: no-template has no chat template",
+    # recipes, files, keys, members
+    "grpo_quickstrat": "'grpo_quickstrat' is not a recipe, a path to a yaml file or key=value; did you mean grpo_quickstart",
+    "nowhere.yaml": "nowhere.yaml: no such file",
+    "broken.yaml": "broken.yaml, line ",
+    "--fast": "unrecognized arguments: --fast",
+    "optim.learning_rate=1": "optim.learning_rate: no such option; ",
+    "optimizer.lr=1": "optimizer: no such option; ",
+    "method.name=hrp": "method.name: 'hrp' is not one of ",
+    "method.r_min=0.9": "method.r_min: no such option; ",
+    "engine.name=vlllm": "engine.name: 'vlllm' is not one of ",
+    "rewards=[{name: exact}]": "rewards.0.name: 'exact' is not one of ",
+    "rewards=[{name: nowhere.reward}]": "rewards.0.name: 'nowhere.reward': no module named 'nowhere' can be imported from here",
+    "rewards=[{name: own.g}]": "rewards.0.name: module 'own' has no 'g'",
+    "rewards=[{name: wants.column}]": "rewards.0.name: wants.column wants a column 'difficulty'",
+    "rewards=[]": "rewards: wanted at least one reward",
+    # types and ranges
+    "num_steps=many": "num_steps: wanted a whole number, got 'many'",
+    "num_steps=2.5": "num_steps: wanted a whole number, got 2.5",
+    "optim.lr=fast": "optim.lr: wanted a number, got 'fast'",
+    "optim.lr=nan": "optim.lr: wanted a finite number, got nan",
+    "model.gradient_checkpointing=maybe": "model.gradient_checkpointing: wanted true or false, got 'maybe'",
+    "optim=3": "optim: wanted a section, got 3",
+    "group_size=1": "group_size: wanted at least 2, got 1",
+    "sampling.temperature=0": "sampling.temperature: wanted more than 0, got 0",
+    "objective.normalizer=mean": "objective.normalizer: 'mean' is not one of token_mean, sequence_mean, constant",
+    "model.device=cuda": "model.device: cuda was asked for and torch sees no GPU here",
+    "update.tokens_per_microbatch=95": "update.tokens_per_microbatch: wanted at least 96, the longest sequence "
+                                       "(chat.max_prompt_tokens=64 and sampling.max_new_tokens=32), got 95",
+    # folders
+    "out=file/run": "out: cannot use ",
+    "out=file": "out: file is a file, wanted a folder",
+    "out=used": "out: used is not empty; ",
+    "out=/proc/nothing": "out: cannot use /proc/nothing: ",
+    "resume=auto": "resume: no ",
+    "resume=yes": "resume: ",
+    # parts that do not fit each other
+    "engine.name=only_tokens.Engine method.name=hrpo": "method 'hrpo' needs MIXTURE; engine 'only_tokens.Engine' offers TOKENS",
+    "resume=auto out=used": "resume: used holds no run to go on with",
+}
+
+
+@pytest.mark.parametrize("words, sentence", TRAIN.items())
+def test_training_on_bad_input(inside, monkeypatch, capsys, words, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = everything(inside)
+    argv = [*GOOD, words] if words.startswith("rewards") else [*GOOD, *words.split(" ")]
+    assert sentence in sentence_of(train.main, argv, capsys)
+    assert everything(inside) == before
+
+
+def test_the_good_words_of_these_tests_get_as_far_as_the_model(inside):
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        train.main([*GOOD, "out=good"])
+
+
+def test_what_was_opened_is_closed_when_a_later_part_fails(inside, monkeypatch):
+    """A second attempt in the same process finds the folder unlocked."""
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="a model was loaded"):
+            train.main([*GOOD, "out=retried", *(["resume=auto"] if Path("retried").exists() else [])])
+
+
+def test_a_model_name_that_does_not_exist_without_network(inside, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "model.path: no tokenizer could be loaded from 'nobody/nothing'" in sentence_of(
+        train.main, [*GOOD, "model.path=nobody/nothing"], capsys)
+
+
+def test_the_first_fetch_without_network(inside, capsys):
+    before = everything(inside)
+    with pytest.raises(SystemExit) as exit_:
+        run_command(train.main, [*GOOD, "model.path=smollm2-135m-instruct"])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2 and out == ""
+    notice, sentence = err.splitlines()
+    assert notice.startswith("fastlatent: fetching smollm2-135m-instruct")
+    assert sentence.startswith("error: model.path: smollm2-135m-instruct could not be fetched") and "needs a network" in sentence
+    assert everything(inside) == before
+
+
+USE = [
+    (generate.main, ["nowhere", "2 + 2?"], "nowhere: is no run folder: it has no config.yaml"),
+    (generate.main, ["nowhere"], "the following arguments are required: question"),
+    (generate.main, ["nowhere", "2 + 2?", "--samples=-1"], "--samples: wanted 0 or more, got -1"),
+    (evaluate.main, ["nowhere"], "nowhere: is no run folder"),
+    (evaluate.main, ["nowhere", "--data", "nowhere.jsonl"], "--data: nowhere.jsonl: no such file"),
+    (evaluate.main, ["nowhere", "--samples=-1"], "--samples, --limit: wanted 0 or more"),
+    (evaluate.main, ["nowhere", "--out", "nowhere/samples.jsonl"], "--out: nowhere is no folder"),
+    (export.main, ["nowhere", "exported"], "nowhere: is no run folder"),
+    (export.main, ["nowhere", "used"], "used: exists already; wanted a new folder"),
+    (export.main, ["nowhere", "exported", "--dtype=int8"], "--dtype: invalid choice: 'int8'"),
+]
+
+
+@pytest.mark.parametrize("main, argv, sentence", USE)
+def test_using_a_run_on_bad_input(inside, capsys, main, argv, sentence):
+    before = everything(inside)
+    assert sentence in sentence_of(main, argv, capsys)
+    assert everything(inside) == before
+
+
+@pytest.mark.parametrize("module, argv, sentence", [
+    ("train", ["grpo_quickstart", "group_size=1"], "error: group_size: wanted at least 2, got 1\n"),
+    ("generate", ["nowhere", "2 + 2?"], "error: nowhere: is no run folder: it has no config.yaml\n"),
+])
+def test_a_process_of_its_own_says_one_line_and_no_traceback(inside, module, argv, sentence):
+    root = Path(fastlatent.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    done = subprocess.run([sys.executable, "-m", f"fastlatent.{module}", *argv], env=environment, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.startswith(sentence) and done.stderr.count("\n") == 1, done.stderr

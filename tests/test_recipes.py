@@ -1,0 +1,208 @@
+"""Every recipe trains: two steps of each on a tiny random model, with all that it turns on, and what the options of an update do."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from fastlatent import checkpoint
+from fastlatent.build import sampling_of
+from fastlatent.config import load_config
+from fastlatent.layers import recipes
+from fastlatent.log import read
+from fastlatent.trainer import Trainer
+
+# rewards of the user's own: a random model never answers right, and what earns nothing teaches nothing
+REWARDS = '''
+def checksum(completion):
+    return float(sum(map(ord, completion)) % 5)
+
+def parity(completion):
+    return float(len(completion) % 2)
+
+def constant(completion):
+    return 1.0
+
+def hard(completion, answer, difficulty, **columns):
+    return difficulty * float(answer in completion)
+'''
+SMALL = ["num_steps=2", "sampling.max_new_tokens=24", "eval.num_prompts=4", 'log.live="off"', "log.samples=99",
+         "model.path=model"]
+QUICK = ["grpo_quickstart", *SMALL, "sampling.max_new_tokens=32", "num_prompts=4", "group_size=4", "eval.every=0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipes")
+    tiny.save(path / "model")
+    (path / "my_rewards.py").write_text(REWARDS)
+    questions = [f"Tom has {n} apples and buys 30 more." for n in range(16)]
+    gsm8k = [{"question": q, "answer": f"{n} + 30 = {n + 30}\n#### {n + 30}"} for n, q in enumerate(questions)]
+    math = [{"problem": q, "answer": f"\\frac{{{n}}}{{7}}", "difficulty": n} for n, q in enumerate(questions)]
+    for name, rows in (("gsm8k", gsm8k), ("math", math)):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def inside(folder, tmp_path, monkeypatch):
+    """In the folder, with runs going elsewhere."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr("fastlatent.trainer.write_report", lambda run: None)
+    return tmp_path
+
+
+def train(out: Path, *words: str) -> Trainer:
+    """The trainer of a finished run."""
+    trainer = Trainer(load_config(*words, f"out={out}"))
+    trainer.start = {name: p.detach().clone() for name, p in trainer.policy.trainable().items()}
+    trainer.run()
+    return trainer
+
+
+def steps(trainer: Trainer) -> list[dict]:
+    return [row for row in read(trainer.run_folder.path / "metrics.jsonl") if "num_tokens" in row]
+
+
+def moved(trainer: Trainer) -> set[str]:
+    """Names of the parameters that the run has changed."""
+    return {name for name, p in trainer.policy.trainable().items() if not torch.equal(p, trainer.start[name])}
+
+
+def groups(trainer: Trainer) -> dict[tuple, list[float]]:
+    """Rewards by step and prompt of everything that was learnt from."""
+    out = defaultdict(list)
+    for row in read(trainer.run_folder.path / "samples.jsonl"):
+        out[row["step"], row["prompt_id"]].append(row["reward"])
+    return out
+
+
+# ---- recipes -------------------------------------------------------------------------------------------------------------
+
+OWN = {
+    "hrpo_gsm8k": ["data.train=gsm8k.jsonl", "rewards=[{name: exact_number, strict: false}, {name: my_rewards.checksum}]"],
+    "grpo_gsm8k": ["data.train=gsm8k.jsonl", "rewards=[{name: exact_number, strict: false}, {name: my_rewards.checksum}]"],
+    "hrpo_math": ["data.train=math.jsonl", "rewards=[{name: math_equal}, {name: my_rewards.checksum}]"],
+    "hrpo_quickstart": ["rewards=[{name: exact_number, strict: true}, {name: my_rewards.checksum}]"],
+    "grpo_quickstart": ["rewards=[{name: exact_number, strict: true}, {name: my_rewards.checksum}]"],
+}
+
+
+def test_every_recipe_is_tried_here():
+    assert set(OWN) == set(recipes())
+
+
+@pytest.mark.parametrize("recipe", OWN)
+def test_a_recipe_takes_two_steps(inside, recipe):
+    longest = ["sampling.max_new_tokens=32"] if "quickstart" in recipe else []
+    trainer = train(inside / "run", recipe, *SMALL, *longest, *OWN[recipe])
+    config, rows = trainer.config, steps(trainer)
+    assert [row["step"] for row in rows] == [1, 2] and trainer.step == 2
+    assert all(row["grad_norm"] > 0 and row["guard/skipped_steps"] == 0 for row in rows)
+    assert all(row["guard/reward_exceptions"] == row["guard/reward_invalid"] == 0 for row in rows)
+    assert moved(trainer) == trainer.start.keys()
+    assert checkpoint.load(checkpoint.latest(inside / "run")).step == 2
+    has_latents = recipe.startswith("hrpo")
+    for row in rows:
+        assert ("latent/gate_mean" in row) == ("latent/frac_tokens" in row) == has_latents
+    if "quickstart" in recipe:
+        evaluated = [row["step"] for row in read(inside / "run" / "metrics.jsonl") if "eval/accuracy" in row]
+        assert evaluated[0] == 0 and evaluated[1] == 2
+        return
+    # what the published recipes turn on: adapters, a reference, sampling among 50, updates at another temperature
+    assert trainer.policy.dtype == torch.bfloat16 and trainer.policy.base.is_gradient_checkpointing
+    assert {name.split(".")[-4] for name in trainer.start if "lora" in name} == set(config.model.lora.target_modules)
+    assert all("time/score_ref" in row and row["kl"] >= 0 for row in rows) and rows[1]["kl"] > 0
+    assert trainer.update.temperature == 1.0 and config.sampling.temperature == 0.5
+    rollout = trainer.engine.generate(tiny.requests(tiny.prompts([5]), 1), sampling_of(config))[0]
+    assert all(kept <= 0 for kept in rollout.log_kept) and any(kept < 0 for kept in rollout.log_kept)
+    if has_latents:
+        assert {name: column.shape[1] for name, column in rollout.trace.record.items()} == {"ids": 50, "weights": 50}
+
+
+# ---- what is learnt from -------------------------------------------------------------------------------------------------
+
+
+def test_groups_without_variance_are_redrawn(inside):
+    words = ["group_size=2", "rewards=[{name: my_rewards.parity}]", "objective.max_filter_rounds=6"]
+    plain = train(inside / "plain", *QUICK, *words)
+    assert any(len(set(rewards)) == 1 for rewards in groups(plain).values())
+    filtered = train(inside / "filtered", *QUICK, *words, "objective.filter_zero_variance=true")
+    learnt = groups(filtered)
+    assert all(len(rewards) == 2 and len(set(rewards)) == 2 for rewards in learnt.values())
+    assert [sum(step == n for step, _ in learnt) for n in (1, 2)] == [4, 4]
+    for row in steps(filtered):
+        num_drawn = 4 + row["num_groups_filtered"]
+        assert num_drawn % 4 == 0 and num_drawn > 4
+        assert 0 < row["frac_reward_zero_std"] < 1
+
+
+def test_redrawing_stops_at_its_cap_and_counts(inside):
+    trainer = train(inside / "run", *QUICK, "rewards=[{name: my_rewards.constant}]", "objective.filter_zero_variance=true",
+                    "objective.max_filter_rounds=2")
+    for row in steps(trainer):
+        assert row["num_groups_filtered"] == 3 * 4 and row["frac_reward_zero_std"] == 1
+        assert row["grad_norm"] == 0 and row["num_tokens"] > 0
+    assert moved(trainer) == set() and groups(trainer) == {}
+
+
+def test_completions_that_were_cut_can_be_left_out(inside):
+    cut = ["grpo_gsm8k", *SMALL, "sampling.max_new_tokens=4", *OWN["grpo_gsm8k"]]
+    learning = train(inside / "learning", *cut)
+    assert moved(learning) and all(row["completions/clipped_ratio"] > 0.9 for row in steps(learning))
+    words = [*cut, "objective.mask_truncated_completions=true", "answer.stop=[]"]
+    masked = train(inside / "masked", *words)
+    for row, other in zip(steps(masked), steps(learning), strict=True):
+        if row["completions/clipped_ratio"] == 1:
+            assert row["grad_norm"] == 0 < other["grad_norm"]
+    assert any(row["completions/clipped_ratio"] == 1 for row in steps(masked))
+
+
+# ---- how it is learnt ----------------------------------------------------------------------------------------------------
+
+
+def test_epochs_and_minibatches_are_optimizer_steps_against_the_weights_that_sampled(inside):
+    words = [*QUICK, "rewards=[{name: my_rewards.checksum}]", "optim.lr=1e-3", "optim.schedule=linear"]
+    once = train(inside / "once", *words)
+    often = train(inside / "often", *words, "objective.num_epochs=3", "objective.num_minibatches=2")
+    assert once.optimizer.scheduler.last_epoch == 2 and often.optimizer.scheduler.last_epoch == 2 * 3 * 2
+    assert all(state["step"] == 12 for state in often.optimizer.adamw.state.values())
+    for row in steps(once):  # the ratio is 1 by definition
+        assert row["policy/approx_kl"] == 0 and row["policy/ratio_mean"] == 1 and "time/score_old" not in row
+    for row in steps(often):
+        assert row["policy/approx_kl"] > 0 and row["policy/ratio_mean"] != 1 and "time/score_old" in row
+    assert steps(once)[0]["reward"] == steps(often)[0]["reward"]  # the same rollouts
+
+
+def test_a_frozen_embedding_stays_as_it_is(inside):
+    words = [*QUICK, "rewards=[{name: my_rewards.checksum}]", "method.name=hrpo"]
+    before = tiny.model().model.embed_tokens.weight
+    frozen = train(inside / "frozen", *words, "model.freeze_embedding=true")
+    assert torch.equal(frozen.policy.base.get_input_embeddings().weight, before)
+    assert moved(frozen) == frozen.start.keys()
+    free = train(inside / "free", *words)
+    assert not torch.equal(free.policy.base.get_input_embeddings().weight, before)
+
+
+def test_how_an_update_is_cut_into_microbatches_changes_nothing(inside):
+    words = [*QUICK, "rewards=[{name: my_rewards.checksum}]", "chat.max_prompt_tokens=100"]
+    whole, pieces = (train(inside / budget, *words, f"update.tokens_per_microbatch={budget}") for budget in ("4096", "132"))
+    for row, other in zip(steps(whole), steps(pieces), strict=True):
+        assert row["policy_loss"] == pytest.approx(other["policy_loss"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_a_reward_function_of_ones_own_gets_the_columns_of_the_data(inside):
+    trainer = train(inside / "run", *QUICK, "data.name=jsonl", "data.train=math.jsonl", "data.question=problem",
+                    "rewards=[{name: my_rewards.hard, weight: 2.0}, {name: my_rewards.checksum}]")
+    for row in steps(trainer):
+        assert row["reward"] == pytest.approx(2 * row["rewards/hard/mean"] + row["rewards/checksum/mean"])
+    for row in read(inside / "run" / "samples.jsonl"):
+        assert row["rewards"]["checksum"] == sum(map(ord, row["completion"])) % 5
+        assert row["rewards"]["hard"] == 0 or row["answer"] in row["completion"]

@@ -22,11 +22,11 @@ sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 .DELETE_ON_ERROR:
 .PHONY: train test
 
-train: $(VENV)/.installed
+train: $(VENV)/.fastlatent
 	@echo "make: training $(RECIPE)"
 	@$(python) -m fastlatent.train $(RECIPE) $(ARGS)
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.fastlatent-dev
 	@echo "make: running the tests"
 	@$(python) -m pytest $(ARGS)
 
@@ -37,23 +37,23 @@ $(python):
 	@$(PYTHON) -m venv $(VENV)
 
 # torch alone and first: which build of it fits (CPU, CUDA 12, CUDA 13) is the machine's matter, not that of our requirements
-$(VENV)/.torch: | $(python)
+$(VENV)/.fastlatent-torch: | $(python)
 	@$(python) -c 'import torch' 2>/dev/null || { echo "make: installing $(TORCH) into $(VENV), the largest download"; $(pip) install --quiet $(TORCH); }
 	@touch $@
 
-$(VENV)/.installed: $(sources) | $(VENV)/.torch
+$(VENV)/.fastlatent: $(sources) | $(VENV)/.fastlatent-torch
 	@$(call install,.)
 	@touch $@
 
 # a superset: after it make train finds everything, too
-$(VENV)/.installed-dev: $(sources) | $(VENV)/.torch
+$(VENV)/.fastlatent-dev: $(sources) | $(VENV)/.fastlatent-torch
 	@$(call install,.[dev])
-	@touch $@ $(VENV)/.installed
+	@touch $@ $(VENV)/.fastlatent
 
 # the constraint: peft and others require some torch, and pip must not choose another than the one that is there
 define install
 command -v $${CXX:-c++} >/dev/null || { echo "make: no C++ compiler; install one (Debian: apt install g++), or name it with CXX=" >&2; exit 1; }; \
 echo "make: installing $(1) into $(VENV) and compiling its kernels; torch stays as it is"; \
-$(python) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch-constraint.txt && \
-$(pip) install --quiet --constraint $(VENV)/torch-constraint.txt --editable "$(1)"
+$(python) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/.fastlatent-constraint.txt && \
+$(pip) install --quiet --constraint $(VENV)/.fastlatent-constraint.txt --editable "$(1)"
 endef

@@ -46,7 +46,7 @@ class Guard:
 
 
 def _tensors(batches: list[Batch]) -> dict[str, Tensor]:
-    """Everything `policy.score` and the loss read, by microbatch; columns of a record and the layout under their names."""
+    """Everything `policy.score` and the loss read, by microbatch; a record's columns and the layout under their names."""
     out = {}
     for index, batch in enumerate(batches):
         out |= {f"{index}.{name}": value for name, value in _fields(batch)}

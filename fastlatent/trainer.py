@@ -164,10 +164,10 @@ class Trainer:
         return [self._prompt(train[i]) for i in prompt_indices(len(train), self.config.seed, start, self.config.num_prompts)]
 
     def _check_prompts(self) -> None:
-        """Find a prompt that is too long now; those of a procedural dataset, which names no source, are its own making."""
-        if self.dataset.train[0].source:
-            for example in self.dataset.train:
-                self._prompt(example)
+        """Find a prompt that is too long now; of a procedural dataset, which names no source, one stands for all."""
+        train = self.dataset.train
+        for example in train if train[0].source else [train[0]]:
+            self._prompt(example)
 
     def _prompt(self, example: Example) -> Prompt:
         text, token_ids = encode_prompt(self.tokenizer, example, self.config.chat)
@@ -265,7 +265,7 @@ class Trainer:
         self._opened.close()
 
 
-# ---- checks of the configuration that need no tokenizer ----------------------------------------------------------------
+# ---- checks of the configuration that need no tokenizer -------------------------------------------------------------
 
 
 def _check_budget(config: Config) -> None:

@@ -60,7 +60,7 @@ class Updater:
         self.temperature = config.objective.score_temperature or config.sampling.temperature
 
     def __call__(self, groups: Sequence[Group], commit: Callable[[], None] = lambda: None) -> UpdateResult:
-        """Learn from `groups`. `commit` is called before every optimizer step: after the first there is no way back."""
+        """Learn from `groups`; `commit` is called before every optimizer step, as after the first there is no way back."""
         objective = self.config.objective
         result = UpdateResult()
         minibatches = self._minibatches(groups)

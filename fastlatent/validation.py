@@ -48,7 +48,8 @@ ABOVE = {
 }
 
 AT_MOST = {
-    "seed": 2**63 - 1, "sampling.top_p": 1, "objective.clip_low": 1, "optim.warmup_ratio": 1,
+    # step and sample share 32 bits of the noise counter, and the last step number is evaluation's
+    "num_steps": 2**16 - 2, "group_size": 2**16, "seed": 2**63 - 1, "sampling.top_p": 1, "objective.clip_low": 1, "optim.warmup_ratio": 1,
 }
 
 

@@ -27,6 +27,7 @@ def test_rollout_measures_every_case_of_both_sides(model, tmp_path):
     out = tmp_path / "lines.jsonl"
     rollout.main(["--model", model, "--batch", "8", "--rounds", "1", "--out", str(out)])
     rows = {(row["case"], row["variant"]): row for row in results.read(out)}
+    cap = setting.config("discrete", model).sampling.max_new_tokens
     cases = [f"{layout} {ends}" for layout in ("1x8", "8x1") for ends in ("stops", "equal", "recipe")]
     assert set(rows) == {(case, variant) for case in cases for variant in ("hf-discrete", "hf-latent", "generate")}
     for (case, variant), row in rows.items():
@@ -51,6 +52,7 @@ def test_both_sides_of_the_rollout_stop_at_the_same_ids(model):
     ours.engine.generate = lambda *args: seen.extend(generate(*args)) or seen
     requests = tiny.requests(setting.prompts(config, tokenizer, 4), 8)
     assert ours.drawing(requests, "stops")(0) == sum(len(r.token_ids) for r in seen)
+    cap = config.sampling.max_new_tokens
     for r in seen:
         assert not any(token in ids for token in r.token_ids[:-1])
         assert r.token_ids[-1] in ids or len(r.token_ids) == cap

@@ -1,4 +1,4 @@
-"""Bad input is one sentence on stderr and exit code 2, found before a model is loaded and without leaving anything behind."""
+"""Bad input is one sentence on stderr and exit code 2, found before a model is loaded, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import fastlatent
 from fastlatent import evaluate, export, generate, models, train
 from fastlatent.cli import run_command
 
-GOOD = ["grpo_quickstart", "model.path=model", "data.name=jsonl", "data.train=rows.jsonl", "num_prompts=4", "eval.every=0",
-        "num_steps=1", "chat.max_prompt_tokens=64"]
+GOOD = ["grpo_quickstart", "model.path=model", "data.name=jsonl", "data.train=rows.jsonl", "num_prompts=4",
+        "eval.every=0", "num_steps=1", "chat.max_prompt_tokens=64", "sampling.max_new_tokens=32"]
 FILES = {
     "not-json.jsonl": '{"question": "a?", "answer": 1}\n\n{"question": "b?", "answer": }\n',
     "no-object.jsonl": '{"question": "a?", "answer": 1}\n[1]\n',
@@ -45,7 +45,8 @@ def folder(tmp_path_factory):
     (path / "no-model").mkdir()
     (path / "used").mkdir()
     (path / "used" / "notes.txt").write_text("mine")
-    (path / "rows.jsonl").write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": n + 1}) + "\n" for n in range(8)))
+    rows = [{"question": f"{n} + 1?", "answer": n + 1} for n in range(8)]
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, content in FILES.items():
         (path / name).write_text(content)
     return path
@@ -68,7 +69,8 @@ def inside(folder, monkeypatch):
 
 def everything(folder: Path) -> set[str]:
     """Files and folders, without caches and locks."""
-    return {str(path) for path in folder.rglob("*") if "empty-cache" not in str(path) and "__pycache__" not in str(path)}
+    paths = {str(path) for path in folder.rglob("*")}
+    return {path for path in paths if "empty-cache" not in path and "__pycache__" not in path}
 
 
 def sentence_of(main, argv: list[str], capsys) -> str:
@@ -101,7 +103,7 @@ TRAIN = {
     "model.path=file": "model.path: file is a file",
     "model.path=no-template": "chat.template: no-template has no chat template",
     # recipes, files, keys, members
-    "grpo_quickstrat": "'grpo_quickstrat' is not a recipe, a path to a yaml file or key=value; did you mean grpo_quickstart",
+    "grpo_quickstrat": "'grpo_quickstrat' is not a recipe, a path to a yaml file or key=value; did you mean ",
     "nowhere.yaml": "nowhere.yaml: no such file",
     "broken.yaml": "broken.yaml, line ",
     "--fast": "unrecognized arguments: --fast",
@@ -111,7 +113,7 @@ TRAIN = {
     "method.r_min=0.9": "method.r_min: no such option; ",
     "engine.name=vlllm": "engine.name: 'vlllm' is not one of ",
     "rewards=[{name: exact}]": "rewards.0.name: 'exact' is not one of ",
-    "rewards=[{name: nowhere.reward}]": "rewards.0.name: 'nowhere.reward': no module named 'nowhere' can be imported from here",
+    "rewards=[{name: nowhere.reward}]": "rewards.0.name: 'nowhere.reward': no module named 'nowhere' can be imported",
     "rewards=[{name: own.g}]": "rewards.0.name: module 'own' has no 'g'",
     "rewards=[{name: wants.column}]": "rewards.0.name: wants.column wants a column 'difficulty'",
     "rewards=[]": "rewards: wanted at least one reward",
@@ -128,6 +130,7 @@ TRAIN = {
     "model.device=cuda": "model.device: cuda was asked for and torch sees no GPU here",
     "update.tokens_per_microbatch=95": "update.tokens_per_microbatch: wanted at least 96, the longest sequence "
                                        "(chat.max_prompt_tokens=64 and sampling.max_new_tokens=32), got 95",
+    "chat.template=false chat.system=hi": "chat.system: a system prompt needs chat.template=true",
     # folders
     "out=file/run": "out: cannot use ",
     "out=file": "out: file is a file, wanted a folder",
@@ -136,7 +139,8 @@ TRAIN = {
     "resume=auto": "resume: no ",
     "resume=yes": "resume: ",
     # parts that do not fit each other
-    "engine.name=only_tokens.Engine method.name=hrpo": "method 'hrpo' needs MIXTURE; engine 'only_tokens.Engine' offers TOKENS",
+    "engine.name=only_tokens.Engine method.name=hrpo":
+        "method 'hrpo' needs MIXTURE; engine 'only_tokens.Engine' offers TOKENS",
     "resume=auto out=used": "resume: used holds no run to go on with",
 }
 
@@ -168,6 +172,13 @@ def test_a_model_name_that_does_not_exist_without_network(inside, capsys, monkey
         train.main, [*GOOD, "model.path=nobody/nothing"], capsys)
 
 
+def test_one_prompt_of_a_procedural_dataset_is_tried_before_the_model_loads(inside, capsys):
+    words = ["grpo_quickstart", "model.path=model", "eval.every=0"]
+    for more, sentence in (["chat.max_prompt_tokens=5"], "more than chat.max_prompt_tokens=5"), (
+            ["chat.template=false", "chat.system=hi"], "chat.system: a system prompt needs chat.template=true"):
+        assert sentence in sentence_of(train.main, [*words, *more], capsys)
+
+
 def test_the_first_fetch_without_network(inside, capsys):
     before = everything(inside)
     with pytest.raises(SystemExit) as exit_:
@@ -176,7 +187,8 @@ def test_the_first_fetch_without_network(inside, capsys):
     assert exit_.value.code == 2 and out == ""
     notice, sentence = err.splitlines()
     assert notice.startswith("fastlatent: fetching smollm2-135m-instruct")
-    assert sentence.startswith("error: model.path: smollm2-135m-instruct could not be fetched") and "needs a network" in sentence
+    assert sentence.startswith("error: model.path: smollm2-135m-instruct could not be fetched")
+    assert "needs a network" in sentence
     assert everything(inside) == before
 
 
@@ -208,7 +220,7 @@ def test_using_a_run_on_bad_input(inside, capsys, main, argv, sentence):
 def test_a_process_of_its_own_says_one_line_and_no_traceback(inside, module, argv, sentence):
     root = Path(fastlatent.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
-    done = subprocess.run([sys.executable, "-m", f"fastlatent.{module}", *argv], env=environment, capture_output=True, text=True,
-                          timeout=120)
+    command = [sys.executable, "-m", f"fastlatent.{module}", *argv]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.startswith(sentence) and done.stderr.count("\n") == 1, done.stderr

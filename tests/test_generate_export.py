@@ -23,10 +23,10 @@ from fastlatent.packing import varlen
 from fastlatent.trained import open_run
 from fastlatent.types import Batch
 
-WORDS = ["model.path=model", "data.name=jsonl", "data.train=rows.jsonl", "data.held_out_size=4", "data.answer_after=####",
-         "num_steps=2", "num_prompts=4", "group_size=4", "optim.lr=1e-3", "eval.every=1", "eval.num_prompts=4",
-         "eval.ablations=false", "checkpoint.every=1", "checkpoint.keep=9", 'log.live="off"',
-         "rewards=[{name: parity.parity}, {name: exact_number, weight: 0.0}]"]
+WORDS = ["model.path=model", "data.name=jsonl", "data.train=rows.jsonl", "data.held_out_size=4",
+         "data.answer_after=####", "num_steps=2", "num_prompts=4", "group_size=4", "optim.lr=1e-3",
+         "eval.every=1", "eval.num_prompts=4", "eval.ablations=false", "checkpoint.every=1", "checkpoint.keep=9",
+         'log.live="off"', "rewards=[{name: parity.parity}, {name: exact_number, weight: 0.0}]"]
 RUNS = {"full": ["hrpo_quickstart"], "lora": ["hrpo_quickstart", "model.lora={r: 4, alpha: 64}", "sampling.top_k=20"],
         "plain": ["grpo_quickstart"]}
 QUESTION = "Tom has 12 apples and buys 30 more."
@@ -56,7 +56,7 @@ def inside(folder, monkeypatch):
     return folder
 
 
-# ---- generate ------------------------------------------------------------------------------------------------------------
+# ---- generate -------------------------------------------------------------------------------------------------------
 
 
 def test_generate_prints_thinking_answer_and_what_the_latents_did(inside, capsys):
@@ -66,7 +66,8 @@ def test_generate_prints_thinking_answer_and_what_the_latents_did(inside, capsys
     thinking, _, answer = text.partition("####")
     assert sum(rollout.latent) > 0
     assert f"thinking: {thinking.strip()}" in out and f"answer:   {answer.strip()}" in out
-    assert f"tokens:   {len(rollout.token_ids)} ({rollout.num_thinking} thinking, {sum(rollout.latent)} read as latents" in out
+    counts = f"{rollout.num_thinking} thinking, {sum(rollout.latent)} read as latents"
+    assert f"tokens:   {len(rollout.token_ids)} ({counts}" in out
 
 
 def test_samples_differ_and_a_greedy_answer_does_not(inside, capsys):
@@ -90,7 +91,7 @@ def test_a_checkpoint_is_chosen_by_step_or_by_what_it_is(inside, capsys):
     assert capsys.readouterr().err == "error: --checkpoint: '7' is not best, last or one of the steps 1, 2\n"
 
 
-# ---- evaluate ------------------------------------------------------------------------------------------------------------
+# ---- evaluate -------------------------------------------------------------------------------------------------------
 
 
 def brute_force(num_samples: int, num_correct: int, k: int) -> float:
@@ -106,20 +107,23 @@ def test_pass_at_k_counts_subsets():
 
 
 def test_the_interval_is_of_a_mean():
-    assert interval([0.0, 1.0, 1.0, 0.0]) == pytest.approx(1.96 * (1 / 3) ** 0.5 / 2)  # variance 1/3 with ddof 1, 4 questions
+    # four questions whose variance is 1/3 with ddof 1
+    assert interval([0.0, 1.0, 1.0, 0.0]) == pytest.approx(1.96 * (1 / 3) ** 0.5 / 2)
 
 
 def printed(out: str) -> dict[str, list[float]]:
     """The numbers of each printed line by its first word."""
     lines = [line.split(maxsplit=1) for line in out.splitlines()]
-    return {name: [float(x) for x in re.findall(r"\d+\.?\d*", rest)] for name, rest in lines if name not in ("checkpoint", "samples")}
+    return {name: [float(number) for number in re.findall(r"\d+\.?\d*", rest)] for name, rest in lines
+            if name not in ("checkpoint", "samples")}
 
 
 def test_evaluate_says_what_its_samples_say(inside, capsys):
     evaluate.main(["full", "--data", "rows.jsonl", "--samples", "4", "--limit", "6", "--checkpoint", "last"])
     numbers, rows = printed(capsys.readouterr().out), read(inside / "full" / "evaluation-000002.jsonl")
     assert len(rows) == 6 * 4
-    assert [row["answer"] for row in rows[::4]] == [str(n + 30) for n in range(6)]  # by the run's own data.answer_after
+    # by the run's own data.answer_after
+    assert [row["answer"] for row in rows[::4]] == [str(n + 30) for n in range(6)]
     correct = [sum(row["rewards"]["parity"] for row in rows[i : i + 4]) for i in range(0, 24, 4)]
     assert len(set(correct)) > 1
     for k in (1, 2, 4):
@@ -134,14 +138,15 @@ def test_evaluate_says_what_its_samples_say(inside, capsys):
 
 def test_evaluation_afterwards_is_the_evaluation_of_training(inside, capsys):
     """The same held-out questions, decoding and weights: the same accuracy."""
-    logged = {row["step"]: row["eval/accuracy"] for row in read(inside / "full" / "metrics.jsonl") if "eval/accuracy" in row}
+    metrics = read(inside / "full" / "metrics.jsonl")
+    logged = {row["step"]: row["eval/accuracy"] for row in metrics if "eval/accuracy" in row}
     for step in (1, 2):
         evaluate.main(["full", "--checkpoint", str(step), "--out", f"greedy-{step}.jsonl"])
         assert printed(capsys.readouterr().out)["accuracy"][0] == pytest.approx(logged[step], abs=1e-4)
         assert len(read(inside / f"greedy-{step}.jsonl")) == 4
 
 
-# ---- export --------------------------------------------------------------------------------------------------------------
+# ---- export ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -153,7 +158,8 @@ def test_an_exported_model_is_the_policy_to_stock_transformers(inside, tmp_path,
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.dtype == torch.float32 and model.config._attn_implementation == "sdpa"
     assert not any("lora" in name for name, _ in model.named_parameters())
-    text = trained.tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True)
+    text = trained.tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == trained.tokenizer.encode(text, add_special_tokens=False)
     published = dict(trained.policy.published())
@@ -169,9 +175,9 @@ def policy_logits(trained, ids: list[int]) -> torch.Tensor:
     """Logits after a prompt by the policy's own packed forward pass."""
     T, nothing = len(ids), torch.zeros(1)
     batch = Batch(
-        token_ids_T=torch.tensor(ids), position_T=torch.arange(T), latent_T=torch.zeros(T, dtype=torch.bool), record_T=None,
-        varlen=varlen([T]), score_A=torch.tensor([T - 1]), target_A=torch.zeros(1, dtype=torch.int64), thinking_A=nothing.bool(),
-        behaviour_logprob_A=nothing, advantage_A=nothing, weight_A=nothing)
+        token_ids_T=torch.tensor(ids), position_T=torch.arange(T), latent_T=torch.zeros(T, dtype=torch.bool),
+        record_T=None, varlen=varlen([T]), score_A=torch.tensor([T - 1]), target_A=torch.zeros(1, dtype=torch.int64),
+        thinking_A=nothing.bool(), behaviour_logprob_A=nothing, advantage_A=nothing, weight_A=nothing)
     return trained.policy.hidden(batch)[-1] @ trained.policy.head_weight.T
 
 
@@ -188,7 +194,8 @@ def test_the_methods_own_parameters_lie_beside_the_model(inside, tmp_path):
 
 def test_weights_can_be_exported_in_half_precision(inside, tmp_path):
     export.main(["lora", str(tmp_path / "half"), "--dtype", "bfloat16"])
-    model, published = AutoModelForCausalLM.from_pretrained(tmp_path / "half"), dict(open_run("lora").policy.published())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    published = dict(open_run("lora").policy.published())
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, published[name].bfloat16()), name
 

@@ -1,4 +1,4 @@
-"""Every loss variant's gradient, against float64 autograd of the papers' formulas and against TRL's loss on the same tensors."""
+"""Every loss variant's gradient against float64 autograd of the papers' formulas, and against TRL's loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastlatent import advantages
 from fastlatent.objectives import surrogate, token_weights
 from fastlatent.packing import Item, pack
 from fastlatent.schema import ObjectiveConfig
-from fastlatent.types import Batch, Group, Request, Rollout, Scored
+from fastlatent.types import Group, Request, Rollout, Scored
 
 VOCAB = 24
 LENGTHS = [3, 9, 5, 8]
@@ -33,7 +33,8 @@ def rollout(length: int, sample: int) -> Rollout:
     return Rollout(
         request=Request(tiny.prompts([4])[0], 0, sample), token_ids=ids, target_ids=ids, acted=[True] * length,
         latent=[False] * length, thinking=[True] * length, logprobs=[0.0] * length, log_kept=[0.0] * length,
-        entropy=[0.0] * length, trace=None, finish="length" if length == MAX_NEW else "stop", forced_end=False, version=0)
+        entropy=[0.0] * length, trace=None, finish="length" if length == MAX_NEW else "stop", forced_end=False,
+        version=0)
 
 
 ROLLOUTS = [rollout(length, sample) for sample, length in enumerate(LENGTHS)]
@@ -56,8 +57,8 @@ VARIANTS = {
     "k3": ObjectiveConfig(kl_coef=0.3, kl_estimator="k3"),
     "entropy": ObjectiveConfig(entropy_coef=0.2),
     "masked": ObjectiveConfig(mask_truncated_completions=True),
-    "everything": ObjectiveConfig(normalizer="sequence_mean", clip_high=0.28, dual_clip=1.5, kl_coef=0.1, entropy_coef=0.05,
-                                  mask_truncated_completions=True),
+    "everything": ObjectiveConfig(normalizer="sequence_mean", clip_high=0.28, dual_clip=1.5, kl_coef=0.1,
+                                  entropy_coef=0.05, mask_truncated_completions=True),
 }
 
 
@@ -73,7 +74,8 @@ def ours(objective: ObjectiveConfig, temperature: float, is_off_policy: bool) ->
     """Loss, gradient of the logits and statistics of the package's own path."""
     weights = token_weights(ROLLOUTS, objective, MAX_NEW)
     advantage = advantages.of_group(group(REWARDS), objective).tolist()
-    batch: Batch = pack([Item(*row) for row in zip(ROLLOUTS, advantage, weights, strict=True)], torch.device("cpu"), True)
+    items = [Item(*row) for row in zip(ROLLOUTS, advantage, weights, strict=True)]
+    batch = pack(items, torch.device("cpu"), share_prompts=True)
     assert torch.equal(batch.target_A, TARGETS)
     if is_off_policy:
         batch.old_logprob_A = (logprobs(temperature) + OLD_SHIFT).float()
@@ -149,7 +151,7 @@ def test_every_option_of_the_loss_changes_the_gradient():
             assert not torch.allclose(gradients[first], gradients[second], rtol=1e-3, atol=1e-6), (first, second)
 
 
-# ---- trl -----------------------------------------------------------------------------------------------------------------
+# ---- trl ------------------------------------------------------------------------------------------------------------
 
 
 def pad(values: torch.Tensor) -> torch.Tensor:
@@ -157,8 +159,9 @@ def pad(values: torch.Tensor) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(values.split(LENGTHS), batch_first=True)
 
 
-def by_trl(loss_type: str, objective: ObjectiveConfig, temperature: float, is_off_policy: bool) -> tuple[float, torch.Tensor]:
-    """`GRPOTrainer._compute_loss` on our logits: a trainer without a model, whose forward pass returns what it is given."""
+def by_trl(loss_type: str, objective: ObjectiveConfig, temperature: float,
+           is_off_policy: bool) -> tuple[float, torch.Tensor]:
+    """`GRPOTrainer._compute_loss` on our logits: a trainer whose forward pass returns what it is given."""
     from trl import GRPOTrainer
 
     logits = LOGITS.clone().requires_grad_()
@@ -169,8 +172,9 @@ def by_trl(loss_type: str, objective: ObjectiveConfig, temperature: float, is_of
     vars(trainer).update(
         model=model, aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         importance_sampling_level="token", beta=objective.kl_coef, loss_type=loss_type, epsilon_low=objective.clip_low,
-        epsilon_high=objective.clip_high, use_vllm=False, current_gradient_accumulation_steps=1, max_completion_length=MAX_NEW,
-        _entropy_bonus_enabled=objective.entropy_coef != 0, entropy_coef=objective.entropy_coef, use_adaptive_entropy=False,
+        epsilon_high=objective.clip_high, use_vllm=False, current_gradient_accumulation_steps=1,
+        max_completion_length=MAX_NEW, _entropy_bonus_enabled=objective.entropy_coef != 0,
+        entropy_coef=objective.entropy_coef, use_adaptive_entropy=False,
         _metrics=defaultdict(lambda: defaultdict(list)),
         args=SimpleNamespace(use_bias_correction_kl=False, delta=objective.dual_clip, steps_per_generation=1),
         accelerator=SimpleNamespace(num_processes=1, sync_gradients=True, gather=lambda x: x, reduce=lambda x, **_: x),
@@ -214,14 +218,15 @@ def test_the_entropy_bonus_is_that_of_trl_where_both_are_means_over_tokens():
     torch.testing.assert_close(gradient, wanted_gradient, atol=2e-7, rtol=1e-4)
 
 
-# ---- advantages ----------------------------------------------------------------------------------------------------------
+# ---- advantages -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["z_score", "mean_only", "leave_one_out"])
 @pytest.mark.parametrize("rewards", [REWARDS, [0.0, 1.0], [3.5, -2.0, 1e6, 4.0, 4.0]])
 def test_advantages_are_numpys(rewards, kind):
     objective = ObjectiveConfig(advantage=kind, advantage_eps=1e-3)
-    np.testing.assert_allclose(advantages.of_group(group(rewards), objective), advantages_by_hand(rewards, objective), rtol=1e-6)
+    wanted = advantages_by_hand(rewards, objective)
+    np.testing.assert_allclose(advantages.of_group(group(rewards), objective), wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["z_score", "mean_only", "leave_one_out"])

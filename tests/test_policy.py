@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 from transformers import (
-    AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM,
-    PhiConfig, PhiForCausalLM, Qwen2Config, Qwen2ForCausalLM)
+    AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig,
+    GraniteForCausalLM, PhiConfig, PhiForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
@@ -19,13 +19,14 @@ from fastlatent.policy import Policy, check_head
 from fastlatent.schema import AnswerConfig, LoraConfig, ModelConfig, ObjectiveConfig, ThinkingConfig
 from fastlatent.types import Batch, Sampling
 
-ENDS = (ThinkingConfig(end="####", force="\n#### ", max_tokens=12, stop=["\n"]), AnswerConfig(max_tokens=6, stop=["\n"]))
+THINKING = ThinkingConfig(end="####", force="\n#### ", max_tokens=12, stop=["\n"])
+ANSWER = AnswerConfig(max_tokens=6, stop=["\n"])
 LENGTHS = [3, 17, 8]
 CPU = torch.device("cpu")
 
 
 def rollouts(policy: Policy, group_size: int = 3, **engine) -> list:
-    return tiny.engine(policy, *ENDS, **engine).generate(
+    return tiny.engine(policy, THINKING, ANSWER, **engine).generate(
         tiny.requests(tiny.prompts(LENGTHS), group_size), Sampling(temperature=0.8, max_new_tokens=32))
 
 
@@ -41,7 +42,7 @@ def plain(model):
 
 
 def token_logprobs(model, rollout, temperature: float) -> torch.Tensor:
-    """Log-probabilities of a completion by one unpacked forward pass of a plain model, in float64 from the logits on."""
+    """Log-probabilities of a completion by one unpacked forward pass of a plain model, float64 from the logits on."""
     prompt = list(rollout.request.prompt.token_ids)
     logits = model(torch.tensor([prompt + rollout.token_ids])).logits[0].double() / temperature
     rows = logits[len(prompt) - 1 : -1].log_softmax(-1)
@@ -49,7 +50,7 @@ def token_logprobs(model, rollout, temperature: float) -> torch.Tensor:
     return rows.gather(1, torch.tensor(rollout.target_ids)[:, None])[:, 0][acted]
 
 
-# ---- forward -----------------------------------------------------------------------------------------------------------
+# ---- forward --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])
@@ -106,7 +107,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradient(lora):
         torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
-# ---- what is trained and published -----------------------------------------------------------------------------------------
+# ---- what is trained and published ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
@@ -142,7 +143,8 @@ def test_published_adapters_are_what_peft_merges(family, is_tied):
         torch.testing.assert_close(published[name], tensor, atol=1e-6, rtol=1e-6, msg=name)
         num_changed += not torch.allclose(tensor, base[name])
     assert num_changed == 2 * 7  # layers times adapted matrices
-    assert {name.removeprefix("method.") for name in published if name.startswith("method.")} == policy.method.state_dict().keys()
+    own = {name.removeprefix("method.") for name in published if name.startswith("method.")}
+    assert own == policy.method.state_dict().keys()
 
 
 def test_an_engine_fed_with_merged_adapters_draws_what_the_policy_scores():
@@ -158,7 +160,7 @@ def test_an_engine_fed_with_merged_adapters_draws_what_the_policy_scores():
             assert (policy.score(batch, 0.8).logprob_A - batch.behaviour_logprob_A).abs().max() > 0.1
 
 
-# ---- the reference -----------------------------------------------------------------------------------------------------
+# ---- the reference --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=4, alpha=8)], ids=["copy", "adapter-off"])
@@ -196,31 +198,31 @@ def test_masters_are_float32_and_a_bfloat16_base_under_adapters_is_not():
     assert {p.dtype for name, p in adapted.base.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------------
+# ---- what is refused ------------------------------------------------------------------------------------------------
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 2, "pad_token_id": 0}
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize("make, reason", [
-    (lambda: PhiForCausalLM(PhiConfig(**SMALL)), "PhiForCausalLM is not supported: wanted a head that is one linear layer without bias"),
-    (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=16)), "Gemma2ForCausalLM is not supported: it sets final_logit_softcapping"),
-    (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, embedding_multiplier=2.0)),
-     "GraniteForCausalLM is not supported: it scales its input embeddings"),
-    (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)), "GraniteForCausalLM is not supported: it sets logits_scaling"),
+    (lambda: PhiForCausalLM(PhiConfig(**SMALL)), "wanted a head that is one linear layer without bias"),
+    (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=16)), "it sets final_logit_softcapping"),
+    (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, embedding_multiplier=2.0)), "it scales its input embeddings"),
+    (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)), "it sets logits_scaling"),
     (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)),
-     "GPT2LMHeadModel is not supported: wanted its blocks in a module called 'model'"),
+     "wanted its blocks in a module called 'model'"),
 ])
 def test_a_head_that_the_ops_would_get_wrong_is_refused(make, reason):
+    model = make()
     with pytest.raises(UserError) as caught:
-        check_head(make())
-    assert str(caught.value) == f"model.path: {reason}"
+        check_head(model)
+    assert str(caught.value) == f"model.path: {type(model).__name__} is not supported: {reason}"
 
 
 def test_sliding_windows_are_refused():
     model = Qwen2ForCausalLM(Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1))
     method = METHODS.find("grpo", "method.name")
-    with pytest.raises(UserError, match="model.path: Qwen2ForCausalLM is not supported: it has sliding_attention layers"):
+    with pytest.raises(UserError, match="Qwen2ForCausalLM is not supported: it has sliding_attention layers"):
         Policy(model, ModelConfig(), method, method.Config(), has_reference=False)
 
 

@@ -1,4 +1,4 @@
-"""Every recipe trains: two steps of each on a tiny random model, with all that it turns on, and what the options of an update do."""
+"""Every recipe takes two steps on a tiny random model, with all it turns on; and what the options of an update do."""
 
 from __future__ import annotations
 
@@ -83,11 +83,12 @@ def groups(trainer: Trainer) -> dict[tuple, list[float]]:
     return out
 
 
-# ---- recipes -------------------------------------------------------------------------------------------------------------
+# ---- recipes --------------------------------------------------------------------------------------------------------
 
+GSM8K = ["data.train=gsm8k.jsonl", "rewards=[{name: exact_number, strict: false}, {name: my_rewards.checksum}]"]
 OWN = {
-    "hrpo_gsm8k": ["data.train=gsm8k.jsonl", "rewards=[{name: exact_number, strict: false}, {name: my_rewards.checksum}]"],
-    "grpo_gsm8k": ["data.train=gsm8k.jsonl", "rewards=[{name: exact_number, strict: false}, {name: my_rewards.checksum}]"],
+    "hrpo_gsm8k": GSM8K,
+    "grpo_gsm8k": GSM8K,
     "hrpo_math": ["data.train=math.jsonl", "rewards=[{name: math_equal}, {name: my_rewards.checksum}]"],
     "hrpo_quickstart": ["rewards=[{name: exact_number, strict: true}, {name: my_rewards.checksum}]"],
     "grpo_quickstart": ["rewards=[{name: exact_number, strict: true}, {name: my_rewards.checksum}]"],
@@ -126,7 +127,7 @@ def test_a_recipe_takes_two_steps(inside, recipe):
         assert {name: column.shape[1] for name, column in rollout.trace.record.items()} == {"ids": 50, "weights": 50}
 
 
-# ---- what is learnt from -------------------------------------------------------------------------------------------------
+# ---- what is learnt from --------------------------------------------------------------------------------------------
 
 
 def test_groups_without_variance_are_redrawn(inside):
@@ -144,8 +145,8 @@ def test_groups_without_variance_are_redrawn(inside):
 
 
 def test_redrawing_stops_at_its_cap_and_counts(inside):
-    trainer = train(inside / "run", *QUICK, "rewards=[{name: my_rewards.constant}]", "objective.filter_zero_variance=true",
-                    "objective.max_filter_rounds=2")
+    trainer = train(inside / "run", *QUICK, "rewards=[{name: my_rewards.constant}]",
+                    "objective.filter_zero_variance=true", "objective.max_filter_rounds=2")
     for row in steps(trainer):
         assert row["num_groups_filtered"] == 3 * 4 and row["frac_reward_zero_std"] == 1
         assert row["grad_norm"] == 0 and row["num_tokens"] > 0
@@ -164,7 +165,7 @@ def test_completions_that_were_cut_can_be_left_out(inside):
     assert any(row["completions/clipped_ratio"] == 1 for row in steps(masked))
 
 
-# ---- how it is learnt ----------------------------------------------------------------------------------------------------
+# ---- how it is learnt -----------------------------------------------------------------------------------------------
 
 
 def test_epochs_and_minibatches_are_optimizer_steps_against_the_weights_that_sampled(inside):
@@ -192,7 +193,8 @@ def test_a_frozen_embedding_stays_as_it_is(inside):
 
 def test_how_an_update_is_cut_into_microbatches_changes_nothing(inside):
     words = [*QUICK, "rewards=[{name: my_rewards.checksum}]", "chat.max_prompt_tokens=100"]
-    whole, pieces = (train(inside / budget, *words, f"update.tokens_per_microbatch={budget}") for budget in ("4096", "132"))
+    whole, pieces = (train(inside / budget, *words, f"update.tokens_per_microbatch={budget}")
+                     for budget in ("4096", "132"))
     for row, other in zip(steps(whole), steps(pieces), strict=True):
         assert row["policy_loss"] == pytest.approx(other["policy_loss"], abs=1e-5)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)

@@ -24,17 +24,17 @@ from fastlatent.guard import TrainingDiverged
 from fastlatent.log import read
 from fastlatent.metrics import is_reproducible
 from fastlatent.optim import Optimizer
-from fastlatent.packing import Batch
 from fastlatent.runfolder import RunFolder
 from fastlatent.trainer import Trainer
-from fastlatent.types import Varlen
+from fastlatent.types import Batch, Varlen
 
 # many small steps, each with four optimizer steps, so that moments and schedule matter
 WORDS = [
-    "hrpo_quickstart", "data.name=jsonl", "data.train=rows.jsonl", "data.held_out_size=4", "num_prompts=2", "group_size=4",
-    "sampling.max_new_tokens=16", "thinking.max_tokens=8", "answer.max_tokens=3", "optim.schedule=cosine", "optim.lr=1e-3",
-    "objective.num_epochs=2", "objective.num_minibatches=2", "eval.num_prompts=3", "eval.num_samples=1", "eval.every=3",
-    "eval.ablations=false", "checkpoint.every=1", "log.samples=99", 'log.live="off"', "rewards=[{name: checksum.checksum}]"]
+    "hrpo_quickstart", "data.name=jsonl", "data.train=rows.jsonl", "data.held_out_size=4", "num_prompts=2",
+    "group_size=4", "sampling.max_new_tokens=16", "thinking.max_tokens=8", "answer.max_tokens=3", "optim.lr=1e-3",
+    "optim.schedule=cosine", "objective.num_epochs=2", "objective.num_minibatches=2", "eval.num_prompts=3",
+    "eval.num_samples=1", "eval.every=3", "eval.ablations=false", "checkpoint.every=1", "log.samples=99",
+    'log.live="off"', "rewards=[{name: checksum.checksum}]"]
 LORA = ["model.lora={r: 4, alpha: 8, dropout: 0.1}", "sampling.top_k=20"]
 REWARD = "def checksum(completion):\n    return float(sum(map(ord, completion)) % 5)\n"
 
@@ -76,7 +76,8 @@ def outcome(path: Path) -> dict:
     last = checkpoint.load(checkpoint.latest(path))
     tensors = {f"{group}/{name}": tensor for group, named in last.tensors.items() for name, tensor in named.items()}
     state = {name: value for name, value in last.state.items() if name != "logs"}
-    metrics = [{name: value for name, value in row.items() if is_reproducible(name)} for row in read(path / "metrics.jsonl")]
+    rows = read(path / "metrics.jsonl")
+    metrics = [{name: value for name, value in row.items() if is_reproducible(name)} for row in rows]
     return {"metrics": metrics, "samples": read(path / "samples.jsonl"), "state": state, "tensors": tensors,
             "checkpoints": list(checkpoint.find(path))}
 
@@ -89,7 +90,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
         assert torch.equal(tensor, theirs["tensors"][name]), name
 
 
-# ---- killed ------------------------------------------------------------------------------------------------------------
+# ---- killed ---------------------------------------------------------------------------------------------------------
 
 
 def session(folder: Path, argv: list[str]) -> None:
@@ -198,7 +199,7 @@ def test_adapters_with_dropout_go_on_after_a_kill(folder, start, monkeypatch):
     assert_learnt(straight)
 
 
-# ---- asked to stop -----------------------------------------------------------------------------------------------------
+# ---- asked to stop --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -216,7 +217,7 @@ def test_a_signal_ends_the_process_with_exit_code_0_and_a_checkpoint(folder, sta
 
 
 def signal_at(monkeypatch, owner, name: str, call: int, is_after: bool) -> list:
-    """Send ourselves a SIGTERM right before, or right after, the given call of a method; returns where calls are counted."""
+    """Send ourselves a SIGTERM right before or after the given call of a method; returns where calls are counted."""
     original, calls = getattr(owner, name), []
 
     def wrapped(*args, **kwargs):
@@ -266,7 +267,7 @@ def test_a_signal_at_any_place_of_a_step_leaves_a_whole_step(
     assert_same(outcome(trainer(out, 4).run()), uninterrupted)
 
 
-# ---- what is not finite --------------------------------------------------------------------------------------------------
+# ---- what is not finite ---------------------------------------------------------------------------------------------
 
 
 def poison(monkeypatch, steps: set[int], minibatch: int) -> dict:
@@ -326,8 +327,10 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_written_down(inside, m
     with torch.no_grad():
         for name, parameter in run.policy.trainable().items():
             parameter.copy_(weights[2][0][name])
-        losses = [run.policy.method.loss(run.policy.score(batch, 0.8), batch, run.config.objective).value
-                  for batch in batches_of(path / "bad-step-000002.safetensors", run.policy.device)]
+        batches = batches_of(path / "bad-step-000002.safetensors", run.policy.device)
+        scored = [run.policy.score(batch, run.update.temperature) for batch in batches]
+        loss = run.policy.method.loss
+        losses = [loss(*row, run.config.objective).value for row in zip(scored, batches, strict=True)]
     assert losses and not all(loss.isfinite() for loss in losses)
 
 
@@ -352,7 +355,7 @@ def test_steps_that_stay_not_finite_end_the_run_and_keep_the_last_good_checkpoin
     assert all(tensor.isfinite().all() for group in last.tensors.values() for tensor in group.values())
 
 
-# ---- checkpoints that cannot be gone on from -----------------------------------------------------------------------------
+# ---- checkpoints that cannot be gone on from ------------------------------------------------------------------------
 
 
 def flip_a_byte(path: Path) -> None:
@@ -383,7 +386,7 @@ def of_another_method(path: Path) -> None:
     (of_another_model, "step-000004: model.lm_head.weight is [3, 3], wanted ["),
     (of_another_method, "step-000004: does not fit this model: 'method.gate_lambda' is in only one of the two"),
 ])
-def test_a_checkpoint_that_is_damaged_or_foreign_is_refused_in_one_sentence(inside, uninterrupted, capsys, damage, sentence):
+def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_sentence(inside, uninterrupted, capsys, damage, sentence):
     shutil.rmtree("damaged", ignore_errors=True)
     shutil.copytree("uninterrupted", "damaged")
     damage(checkpoint.latest(Path("damaged")))

@@ -113,8 +113,9 @@ AttentionInterface.register(NAME, _attention)
 def use(model: PreTrainedModel, where: str) -> None:
     """Route `model`'s attention through this file; UserError where its architecture cannot be routed."""
     config = model.config
-    sliding = [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"]
-    if not getattr(model, "_supports_attention_backend", False) or sliding:
-        reason = f"it has {sliding[0]} layers" if sliding else "its attention cannot be replaced"
+    kinds = getattr(config, "layer_types", None) or (["sliding_window"] if getattr(config, "sliding_window", None) else [])
+    other = [kind for kind in kinds if kind != "full_attention"]
+    if not getattr(model, "_supports_attention_backend", False) or other:
+        reason = f"it has {other[0]} layers" if other else "its attention cannot be replaced"
         raise UserError(f"{where}: {type(model).__name__} is not supported: {reason}; wanted full causal attention")
     config._attn_implementation = NAME

@@ -54,7 +54,7 @@ class LiveView:
         self.rows.append(metrics)
         if self._live is not None:
             self._live.refresh()
-        elif self.mode != "off":
+        elif self.mode != "quiet":
             self._print(step_line(metrics, self.num_steps))
 
     def note(self, text: str) -> None:

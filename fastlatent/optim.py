@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from transformers import get_scheduler
@@ -49,6 +51,13 @@ class Optimizer:
         self.adamw.step()
         self.scheduler.step()
         self.zero_grad()
+
+    def pass_over(self, num_updates: int) -> None:
+        """Let the schedule go on past updates that had nothing to learn from: the rate is a function of the step alone."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of torch, where no update has been before the schedule's
+            for _ in range(num_updates):
+                self.scheduler.step()
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Moments by parameter name, and the schedule's place."""

@@ -177,7 +177,7 @@ class CheckpointConfig:
 @dataclass(kw_only=True)
 class LogConfig:
     live: str = "auto"
-    """auto (a live view on a terminal, plain lines elsewhere), plain or off."""
+    """auto (a live view on a terminal, plain lines elsewhere), plain, or quiet: notes only."""
     samples: int = 4
     """Completions written to samples.jsonl per step."""
     trackers: list[str] = field(default_factory=list)

@@ -25,11 +25,13 @@ class Drawn:
     num_groups: int = 0
     num_without_variance: int = 0
     counters: dict[str, int] = field(default_factory=dict)  # of the reward pool: timeouts, crashes, exceptions, ...
+    errors: list[str] = field(default_factory=list)  # its first few messages
 
     def add(self, groups: Sequence[Group], report) -> None:
         self.num_groups += len(groups)
         self.num_without_variance += sum(not has_variance(g) for g in groups)
         self.num_tokens += sum(len(r.token_ids) for g in groups for r in g.rollouts)
+        self.errors += report.errors
         for name, count in report.counters().items():
             self.counters[name] = self.counters.get(name, 0) + count
 

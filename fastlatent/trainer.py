@@ -38,6 +38,8 @@ from fastlatent.trackers import open_trackers
 from fastlatent.types import Group, Prompt, Request
 from fastlatent.update import Updater, UpdateResult
 
+MAX_TOLD = 10
+
 
 class Trainer:
     """`Trainer(load_config("hrpo_quickstart")).run()`; everything that can be wrong with the input is found before a model loads."""
@@ -66,6 +68,7 @@ class Trainer:
             self.update = Updater(self.policy, self.optimizer, config)
             self.has_latents = bool(self.engine.method.record_spec(self.policy.base.config.hidden_size, build.sampling_of(config)))
             self.last_greedy: list[Sample] = []
+            self.told: list[str] = []
             self.guard = Guard(self.run_folder.path, config.update.max_bad_steps)
             self.step, self.evaluated_step, self.best_accuracy, self.best_step = 0, -1, -1.0, None
             if self.run_folder.resumed is not None:
@@ -118,6 +121,7 @@ class Trainer:
             self.run_folder.log(metrics, step_metrics.sample_rows(self.step, samples, config.log.samples))
             self.trackers.log(metrics, self.step)
             view.step(metrics)
+            self._tell_errors(drawn.errors, view)
             self.guard.check()
         self._evaluate(view, interrupts)
         if config.checkpoint.every and self.step % config.checkpoint.every == 0 and self.step < config.num_steps:
@@ -149,6 +153,13 @@ class Trainer:
                 break
         keep = groups[: config.num_prompts]
         return keep, samples[: len(keep) * config.group_size], drawn
+
+    def _tell_errors(self, errors: Sequence[str], view: LiveView) -> None:
+        """Each new message of a reward function once, and only the first few of a run."""
+        for error in dict.fromkeys(errors):
+            if error not in self.told and len(self.told) < MAX_TOLD:
+                self.told.append(error)
+                view.note(f"reward missing: {error}")
 
     def _group(self, samples: Sequence[Sample]) -> Group:
         names = samples[0].result.values

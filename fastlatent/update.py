@@ -34,7 +34,7 @@ class UpdateResult:
     """What an update left behind, still on the device."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)  # of objectives.surrogate, over all microbatches
-    statistics: dict[str, Tensor] = field(default_factory=dict)  # latent/* pairs (sum, count) of the first pass
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # pairs (sum, count) of the first pass, by metric name
     loss: Tensor | None = None  # sum over the optimizer steps
     grad_norm: Tensor | None = None  # largest of the optimizer steps
     num_tokens: int = 0  # packed tokens read, all passes together
@@ -72,6 +72,8 @@ class Updater:
         for epoch in range(objective.num_epochs):
             for batches in minibatches:
                 self._step(batches, result, commit, is_first=epoch == 0)
+        commit()
+        self.optimizer.pass_over(objective.num_epochs * objective.num_minibatches - len(result.attempts))
         return result
 
     def _minibatches(self, groups: Sequence[Group]) -> list[list[Batch]]:
@@ -106,13 +108,18 @@ class Updater:
     def _step(self, batches: list[Batch], result: UpdateResult, commit: Callable[[], None], is_first: bool) -> None:
         total = torch.zeros((), device=self.policy.device)
         for batch in batches:
-            loss = self.method.loss(
-                self.method.score(self.policy, batch, self.temperature), batch, self.config.objective)
+            scored = self.method.score(self.policy, batch, self.temperature)
+            loss = self.method.loss(scored, batch, self.config.objective)
             with span("update/backward"):
                 loss.value.backward()
             total += loss.value.detach()
             result.num_tokens += batch.num_tokens
             result.add_sums(loss.sums)
+            if not result.attempts and self.temperature == self.config.sampling.temperature:
+                # no weight has moved yet: what is left is the distance between engine and trainer
+                gap_A = (scored.logprob_A.detach() - batch.behaviour_logprob_A).abs()
+                result.add_statistics({"sampling/sampling_logp_difference/mean": torch.stack(
+                    [gap_A.sum(), torch.tensor(float(gap_A.numel()), device=gap_A.device)])})
             if is_first:
                 result.add_statistics(self.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
         with span("update/optimizer"):

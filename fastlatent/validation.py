@@ -26,7 +26,7 @@ CHOICES = {
     "objective.normalizer": ("token_mean", "sequence_mean", "constant"),
     "objective.kl_estimator": ("k1", "k2", "k3"),
     "optim.schedule": SCHEDULES,
-    "log.live": ("auto", "plain", "off"),
+    "log.live": ("auto", "plain", "quiet"),
     "resume": ("auto",),
 }
 
@@ -89,7 +89,7 @@ def _check_sampling(config: Config) -> None:
 
 def _check_thinking(config: Config) -> None:
     thinking, answer, most = config.thinking, config.answer, config.sampling.max_new_tokens
-    _check("thinking.end", thinking.end, "a text that is not empty", bool)
+    _check("thinking.end", thinking.end, "a text of 1 to 254 bytes", lambda text: 1 <= len(text.encode()) <= 254)
     for path, texts in (("thinking.stop", thinking.stop), ("answer.stop", answer.stop)):
         _check(path, texts, "texts that are not empty", all)
     if thinking.force is not None and thinking.end not in thinking.force:

@@ -249,7 +249,7 @@ ERRORS = [
     ("model.lora={dropout: 1}", "model.lora.dropout: wanted 0 to below 1, got 1.0"),
     ("model.lora={target_modules: []}", "model.lora.target_modules: wanted at least one name, got []"),
     ("thinking.end=</think>", "thinking.force: wanted a text that contains thinking.end='</think>'"),
-    ("thinking.end=", "thinking.end: wanted a text that is not empty"),
+    ("thinking.end=", "thinking.end: wanted a text of 1 to 254 bytes"),
     ("thinking.max_tokens=null", "thinking.force: needs thinking.max_tokens"),
     ("sampling.max_new_tokens=26", "sampling.max_new_tokens: wanted at least 27, for thinking.max_tokens=20"),
     ("rewards=[]", "rewards: wanted at least one reward"),

@@ -26,7 +26,7 @@ from fastlatent.types import Batch
 WORDS = ["model.path=model", "data.name=jsonl", "data.train=rows.jsonl", "data.held_out_size=4",
          "data.answer_after=####", "num_steps=2", "num_prompts=4", "group_size=4", "optim.lr=1e-3",
          "eval.every=1", "eval.num_prompts=4", "eval.ablations=false", "checkpoint.every=1", "checkpoint.keep=9",
-         'log.live="off"', "rewards=[{name: parity.parity}, {name: exact_number, weight: 0.0}]"]
+         "log.live=quiet", "rewards=[{name: parity.parity}, {name: exact_number, weight: 0.0}]"]
 RUNS = {"full": ["hrpo_quickstart"], "lora": ["hrpo_quickstart", "model.lora={r: 4, alpha: 64}", "sampling.top_k=20"],
         "plain": ["grpo_quickstart"]}
 QUESTION = "Tom has 12 apples and buys 30 more."

@@ -23,7 +23,7 @@ def test_a_step_is_one_line():
 
 @pytest.mark.parametrize("mode, file, expected", [
     ("auto", io.StringIO, f"hello [bold]x\n{LINE}\n"), ("plain", Terminal, f"hello [bold]x\n{LINE}\n"),
-    ("off", io.StringIO, "hello [bold]x\n")])
+    ("quiet", io.StringIO, "hello [bold]x\n")])
 def test_without_a_live_view_lines_are_whole_and_off_leaves_only_notes(mode, file, expected):
     out = file()
     with LiveView(20, mode, out) as view:

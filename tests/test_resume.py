@@ -34,7 +34,7 @@ WORDS = [
     "group_size=4", "sampling.max_new_tokens=16", "thinking.max_tokens=8", "answer.max_tokens=3", "optim.lr=1e-3",
     "optim.schedule=cosine", "objective.num_epochs=2", "objective.num_minibatches=2", "eval.num_prompts=3",
     "eval.num_samples=1", "eval.every=3", "eval.ablations=false", "checkpoint.every=1", "log.samples=99",
-    'log.live="off"', "rewards=[{name: checksum.checksum}]"]
+    "log.live=quiet", "rewards=[{name: checksum.checksum}]"]
 LORA = ["model.lora={r: 4, alpha: 8, dropout: 0.1}", "sampling.top_k=20"]
 REWARD = "def checksum(completion):\n    return float(sum(map(ord, completion)) % 5)\n"
 

@@ -89,7 +89,7 @@ def test_auto_takes_the_newest_run_of_this_very_configuration(tmp_path):
     run(tmp_path, [1], num_steps=99)
     run(tmp_path, [1], optim__lr=0.5)
     run(tmp_path, [1], recipe="other")
-    folder = start(tmp_path, resume="auto", log__samples=0, log__live="off")
+    folder = start(tmp_path, resume="auto", log__samples=0, log__live="quiet")
     assert folder.path == wanted and folder.resumed.step == 2
     assert folder.resumed.tensors["weights"]["w"].tolist() == [2.0, 2.0] and folder.resumed.state["n"] == 2
     folder.close()

@@ -45,5 +45,5 @@ def match(method: type[Method], engine_name: str, capabilities: frozenset[Capabi
     """Raise UserError unless the engine offers everything the method needs."""
     if missing := method.needs - capabilities:
         raise UserError(
-            f"method {method.name!r} needs {', '.join(sorted(c.value for c in missing))}; engine {engine_name!r} offers "
+            f"method {getattr(method, 'name', method.__name__)!r} needs {', '.join(sorted(c.value for c in missing))}; engine {engine_name!r} offers "
             f"{', '.join(sorted(c.value for c in capabilities))}")

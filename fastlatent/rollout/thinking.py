@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fastlatent.errors import UserError
 from fastlatent.schema import AnswerConfig, ThinkingConfig
 
 THINKING, FORCING, ANSWERING = 0, 1, 2
@@ -85,16 +84,12 @@ class ThinkingSpan:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: list[int], thinking: ThinkingConfig,
                  answer: AnswerConfig, device: torch.device | str = "cpu"):
-        if not thinking.end:
-            raise UserError("thinking.end: wanted a non-empty string")
         self.end = thinking.end
         tokens = token_bytes(tokenizer, vocab_size)
         specials = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         if thinking.end in specials:
             tokens[specials[thinking.end]] = thinking.end.encode()  # an end string that is a special token is visible
         pattern = thinking.end.encode()
-        if len(pattern) > 254:
-            raise UserError(f"thinking.end: wanted at most 254 bytes, got {len(pattern)}")
         force = thinking.force if thinking.force is not None else thinking.end
         forced_ids = tokenizer.encode(force, add_special_tokens=False)
         self.matched = len(pattern)

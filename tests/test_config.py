@@ -234,7 +234,7 @@ ERRORS = [
     ("objective.clip_high=-0.1", "objective.clip_high: wanted more than 0, got -0.1"),
     ("objective.dual_clip=1", "objective.dual_clip: wanted more than 1, got 1.0"),
     ("objective.score_temperature=0", "objective.score_temperature: wanted more than 0, got 0.0"),
-    ("objective.num_minibatches=4", "objective.num_minibatches: wanted a divisor of num_prompts=6, got 4"),
+    ("objective.num_minibatches=3", "objective.num_minibatches: wanted a divisor of num_prompts=8, got 3"),
     ("objective.constant_length=9", "objective.constant_length: needs objective.normalizer=constant"),
     ("optim.betas=[0.9, 1]", "optim.betas.1: wanted 0 to below 1, got 1.0"),
     ("optim.lr=.nan", "optim.lr: wanted a finite number, got nan"),

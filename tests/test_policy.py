@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import (
     AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig,
-    GraniteForCausalLM, PhiConfig, PhiForCausalLM, Qwen2Config, Qwen2ForCausalLM)
+    GraniteForCausalLM, MistralConfig, MistralForCausalLM, PhiConfig, PhiForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
@@ -217,6 +217,13 @@ def test_a_head_that_the_ops_would_get_wrong_is_refused(make, reason):
     with pytest.raises(UserError) as caught:
         check_head(model)
     assert str(caught.value) == f"model.path: {type(model).__name__} is not supported: {reason}"
+
+
+def test_a_window_without_layer_types_is_refused():
+    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8))
+    method = METHODS.find("grpo", "method.name")
+    with pytest.raises(UserError, match="MistralForCausalLM is not supported: it has sliding_window layers"):
+        Policy(model, ModelConfig(), method, method.Config(), has_reference=False)
 
 
 def test_sliding_windows_are_refused():

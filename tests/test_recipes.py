@@ -28,6 +28,9 @@ def parity(completion):
 def constant(completion):
     return 1.0
 
+def failing(completion):
+    raise RuntimeError("out of words")
+
 def hard(completion, answer, difficulty, **columns):
     return difficulty * float(answer in completion)
 '''
@@ -208,3 +211,23 @@ def test_a_reward_function_of_ones_own_gets_the_columns_of_the_data(inside):
     for row in read(inside / "run" / "samples.jsonl"):
         assert row["rewards"]["checksum"] == sum(map(ord, row["completion"])) % 5
         assert row["rewards"]["hard"] == 0 or row["answer"] in row["completion"]
+
+
+def test_the_learning_rate_goes_on_past_steps_that_teach_nothing(inside):
+    """Four steps without variance: linear decay from 1 to 0 all the same, and no weight moves."""
+    trainer = train(inside / "flat", *QUICK, "num_steps=4", "optim.schedule=linear", "optim.lr=1.0",
+                    "rewards=[{name: my_rewards.constant}]")
+    assert [row["learning_rate"] for row in steps(trainer)] == pytest.approx([0.75, 0.5, 0.25, 0.0])
+    assert not moved(trainer)
+
+
+def test_a_failing_reward_is_told_once(inside, capsys):
+    train(inside / "told", *QUICK, "rewards=[{name: my_rewards.failing}]")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reward missing")]
+    assert len(told) == 1 and "out of words" in told[0]
+
+
+def test_the_distance_of_engine_and_trainer_is_measured(inside):
+    trainer = train(inside / "distance", *QUICK, "rewards=[{name: my_rewards.checksum}]")
+    gaps = [row["sampling/sampling_logp_difference/mean"] for row in steps(trainer)]
+    assert all(0 <= gap < 2e-4 for gap in gaps) and len(gaps) == 2

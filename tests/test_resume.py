@@ -355,6 +355,15 @@ def test_steps_that_stay_not_finite_end_the_run_and_keep_the_last_good_checkpoin
     assert all(tensor.isfinite().all() for group in last.tensors.values() for tensor in group.values())
 
 
+def test_a_diverged_run_says_one_sentence_and_exits_with_1(inside, monkeypatch, capsys):
+    poison(monkeypatch, {1, 2}, minibatch=1)
+    words = ["objective.num_epochs=1", "objective.num_minibatches=1", "update.max_bad_steps=2"]
+    monkeypatch.setattr("fastlatent.trainer.Trainer", lambda config, argv: trainer("sentence", 9, *words))
+    assert train.main(["grpo_quickstart"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: 2 steps in a row had a non-finite loss or gradient")
+
+
 # ---- checkpoints that cannot be gone on from ------------------------------------------------------------------------
 
 

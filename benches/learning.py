@@ -45,7 +45,7 @@ def result(folder: Path) -> Result:
         facts["accuracy_before"], samples["accuracy_after"] = accuracies[0], [accuracies[-1]]
     if not story["sessions"]:
         samples["wall_s"] = [_wall_s(folder, story)]
-    recipe, variant = story["config"]["recipe"], f"seed {story['seed']}"
+    recipe, variant = story["config"]["recipe"], f"seed {story['seed']}, {len(steps)} steps"
     return Result(bench="learning", case=recipe, variant=variant, samples=samples, facts=facts)
 
 

@@ -58,7 +58,7 @@ TABLES = {
     "learning": Table(
         "What a run learns: mean reward of its first 3 and last 5 steps; greedy accuracy on 128 held-out problems before and "
         "after, and after with the latents switched off or shuffled among rows", {
-            "recipe": lambda row: row["case"], "run": lambda row: row["variant"], "steps": fact("steps"),
+            "recipe": lambda row: row["case"], "run": lambda row: row["variant"],
             "reward": change("reward_first", "reward_last"), "accuracy": change("accuracy_before", "accuracy_after"),
             "latents off": fact("accuracy_latents_off", "{:.2f}"), "shuffled": fact("accuracy_latents_shuffled", "{:.2f}"),
             "thinking tokens": fact("thinking_length", "{:.1f}"), "wall s": metric("wall_s", "{:.0f}"),

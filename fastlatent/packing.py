@@ -113,7 +113,7 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
     position: list[int] = []
     latent: list[bool] = []
     score: list[int] = []
-    fields: dict[str, list] = {name: [] for name in ("target", "thinking", "logprob", "advantage", "weight")}
+    fields: dict[str, list] = {name: [] for name in ("target", "logprob", "advantage", "weight")}
     traces: list[tuple[int, LatentTrace]] = []
 
     def lay(ids: Sequence[int], first_position: int, is_latent: Sequence[bool]) -> None:
@@ -141,7 +141,6 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
         acted = [k for k in range(C) if rollout.acted[k]]
         score += [start + k - 1 if k else last for k in acted]  # token k is predicted by the place before it
         fields["target"] += [rollout.target_ids[k] for k in acted]
-        fields["thinking"] += [rollout.thinking[k] for k in acted]
         fields["logprob"] += [rollout.logprobs[k] for k in acted]
         fields["advantage"] += [item.advantage] * len(acted)
         fields["weight"] += [item.weight] * len(acted)
@@ -151,7 +150,7 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
     batch = Batch(
         token_ids_T=torch.tensor(token_ids), position_T=torch.tensor(position), latent_T=torch.tensor(latent),
         record_T=None, varlen=varlen(lengths, prefixes if share_prompts and any(p is not None for p in prefixes) else None),
-        score_A=torch.tensor(score), target_A=torch.tensor(fields["target"]), thinking_A=torch.tensor(fields["thinking"]),
+        score_A=torch.tensor(score), target_A=torch.tensor(fields["target"]),
         behaviour_logprob_A=torch.tensor(fields["logprob"], dtype=torch.float32),
         advantage_A=torch.tensor(fields["advantage"], dtype=torch.float32),
         weight_A=torch.tensor(fields["weight"], dtype=torch.float32), num_tokens=T).to(device)

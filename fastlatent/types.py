@@ -138,7 +138,6 @@ class Batch:
     varlen: Varlen
     score_A: Tensor  # int64 into T; siblings that share a packed prompt share its last place
     target_A: Tensor  # int64
-    thinking_A: Tensor  # bool, drawn while thinking
     behaviour_logprob_A: Tensor  # float32, as sampled at temperature T over the whole vocabulary
     advantage_A: Tensor  # float32
     weight_A: Tensor  # float32, already divided by the step's global count

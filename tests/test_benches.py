@@ -175,7 +175,7 @@ def test_learning_reads_a_finished_run(tmp_path):
     run, out = _run_folder(tmp_path / "run", [0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.8, 0.8, 0.9]), tmp_path / "lines.jsonl"
     learning.main([str(run), "--out", str(out)])
     (row,) = results.read(out)
-    assert (row["case"], row["variant"]) == ("hrpo_quickstart", "seed 3")
+    assert (row["case"], row["variant"]) == ("hrpo_quickstart", "seed 3, 9 steps")
     assert row["metrics"]["reward_last"] == pytest.approx((0.7 + 0.8 * 3 + 0.9) / 5)
     assert row["facts"]["reward_first"] == pytest.approx(0.2)
     assert row["facts"]["reward_step_1"] == 0.1

@@ -50,10 +50,11 @@ $(VENV)/.fastlatent-dev: $(sources) | $(VENV)/.fastlatent-torch
 	@$(call install,.[dev])
 	@touch $@ $(VENV)/.fastlatent
 
-# the constraint: peft and others require some torch, and pip must not choose another than the one that is there
+# the constraint: peft and others require some torch, and pip must not choose another than the one that is there. Triton is
+# pinned where that torch brings none: tests/kernels/budgets.json is of this version
 define install
 command -v $${CXX:-c++} >/dev/null || { echo "make: no C++ compiler; install one (Debian: apt install g++), or name it with CXX=" >&2; exit 1; }; \
 echo "make: installing $(1) into $(VENV) and compiling its kernels; torch stays as it is"; \
-$(python) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/.fastlatent-constraint.txt && \
+$(python) -c 'from importlib.metadata import requires, version; print("torch==" + version("torch")); any(r.startswith("triton") for r in requires("torch") or ()) or print("triton==3.6.0")' > $(VENV)/.fastlatent-constraint.txt && \
 $(pip) install --quiet --constraint $(VENV)/.fastlatent-constraint.txt --editable "$(1)"
 endef

@@ -42,7 +42,7 @@ class Change:
 
 
 def is_better_low(metric: str) -> bool:
-    """Seconds and bytes; rates, ratios, rewards and accuracies are better high."""
+    """Seconds and bytes; rates, ratios, shares, rewards and accuracies are better high."""
     return metric.endswith("_bytes") or (metric.endswith("_s") and not metric.endswith("_tok_s"))
 
 
@@ -63,11 +63,11 @@ def changes(before: Rows, after: Rows) -> list[Change]:
 
 
 def table(found: Sequence[Change], threshold: float) -> list[str]:
-    lines = []
-    for change in found:
-        name = " / ".join((*change.key, change.metric))
+    names = [" / ".join((*change.key, change.metric)) for change in found]
+    lines, width = [], max(map(len, names), default=0)
+    for name, change in zip(names, found, strict=True):
         moved = f"{'-':>12s} {'':8s}" if change.after is None else f"{change.after:12.4g} {change.relative:+8.1%}"
-        lines.append(f"{name:64s} {change.before:12.4g} {moved} {change.verdict(threshold)}".rstrip())
+        lines.append(f"{name:{width}s} {change.before:12.4g} {moved} {change.verdict(threshold)}".rstrip())
     return lines
 
 

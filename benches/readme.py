@@ -1,7 +1,7 @@
 """The README's measured numbers, generated from the lines in `baselines/`: `python -m benches.readme` writes them between its markers.
 
 A row is the newest line of its bench, case, variant and machine; each table says what it was measured on. A kind of bench
-without a table below is not shown.
+without a table below is not shown, nor is a line that its table does not keep.
 """
 
 from __future__ import annotations
@@ -49,9 +49,25 @@ def mib(name: str) -> Cell:
     return lambda row: f"{row['metrics'][name] / 2**20:.0f}" if name in row["metrics"] else ""
 
 
+def micros(name: str) -> Cell:
+    """Median, 20th and 80th percentile of seconds, in microseconds."""
+
+    def cell(row: Row) -> str:
+        middle, low, high = (f"{1e6 * value:.4g}" for value in (row["metrics"][name], *row["spread"][name]))
+        return f"{middle} ({low} to {high})"
+
+    return cell
+
+
+def is_kernel_shown(row: Row) -> bool:
+    """Of each op its last shape, forward and backward where it has both; what eager and compiled took is in the ratios."""
+    return row["facts"]["is_headline"] and row["variant"] not in ("eager", "torch.compile")
+
+
 class Table(NamedTuple):
     title: str
     columns: dict[str, Cell]
+    is_shown: Callable[[Row], bool] = lambda row: True
 
 
 TABLES = {
@@ -78,6 +94,15 @@ TABLES = {
             "seconds": metric("wall_s", spread=True), "times trl": metric("speed_over_trl", spread=True),
             "peak MiB": mib("peak_bytes"), "dtype": fact("dtype"),
         }),
+    "kernels": Table(
+        "Kernels: each op at its largest measured shape beside its plain torch reference, eager and compiled, from cold caches, "
+        "interleaved rounds; median (20th to 80th percentile). GB/s and TFLOP/s count the least traffic and arithmetic; the "
+        "share is that of the faster of copying and multiplying alone", {
+            "op, shape, dtype, passes": lambda row: row["case"], "implementation": lambda row: row["variant"],
+            "us": micros("wall_s"), "GB/s": fact("gb_s", "{:.4g}"), "TFLOP/s": fact("tflop_s", "{:.3g}"),
+            "of roofline": metric("roofline_share", "{:.0%}"), "times eager": metric("speed_over_eager", spread=True),
+            "times compiled": metric("speed_over_compile", spread=True), "peak MiB": mib("peak_bytes"),
+        }, is_kernel_shown),
 }
 
 
@@ -87,7 +112,7 @@ def generated(lines: Iterable[Row]) -> str:
               for row in sorted(lines, key=lambda row: row["time"])}
     blocks = []
     for bench, table in TABLES.items():
-        rows = [row for row in newest.values() if row["bench"] == bench]
+        rows = [row for row in newest.values() if row["bench"] == bench and table.is_shown(row)]
         if rows:
             blocks.append(f"{table.title}.")
         # one table for each set of conditions

@@ -1,13 +1,13 @@
 // fastlatent_kernels._C: the table of contents of the native code.
 //
 // Addresses arrive as integers from the native_impl.py files, which have checked device, dtype, shape and contiguity.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "binding.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -35,11 +35,6 @@ auto run(void (*CpuKernels::*kernel)(const Args&)) {
     py::gil_scoped_release release;
     (kernels.*kernel)(args);
   };
-}
-
-template <class Args, class Owner, class T>
-void address(py::class_<Args>& type, const char* name, T* Owner::*field) {
-  type.def_property(name, nullptr, [field](Args& args, uintptr_t at) { args.*field = reinterpret_cast<T*>(at); });
 }
 
 template <class Args>
@@ -80,4 +75,65 @@ PYBIND11_MODULE(_C, m) {
   address(topk_mixture, "weights", &TopkMixture::weights);
   topk_mixture.def_readwrite("top_k", &TopkMixture::top_k).def_readwrite("top_p", &TopkMixture::top_p);
   m.def("topk_mixture", run(&CpuKernels::topk_mixture));
+
+  auto topk_gumbel = rows_type<TopkGumbel>(m, "TopkGumbel");
+  address(topk_gumbel, "ids", &TopkGumbel::ids);
+  address(topk_gumbel, "score", &TopkGumbel::score);
+  address(topk_gumbel, "weights", &TopkGumbel::weights);
+  address(topk_gumbel, "log_kept", &TopkGumbel::log_kept);
+  address(topk_gumbel, "num_candidates", &TopkGumbel::num_candidates);
+  topk_gumbel.def_readwrite("top_k", &TopkGumbel::top_k)
+      .def_readwrite("top_p", &TopkGumbel::top_p)
+      .def_readwrite("low", &TopkGumbel::low)
+      .def_readwrite("high", &TopkGumbel::high)
+      .def_readwrite("shift", &TopkGumbel::shift)
+      .def_readwrite("scale", &TopkGumbel::scale)
+      .def_readwrite("inv_mixture_temperature", &TopkGumbel::inv_mixture_temperature);
+  m.def("topk_gumbel", run(&CpuKernels::topk_gumbel));
+
+  py::class_<HrpoGate> hrpo_gate(m, "HrpoGate");
+  hrpo_gate.def(py::init<>());
+  address(hrpo_gate, "u", &HrpoGate::u);
+  address(hrpo_gate, "token", &HrpoGate::token);
+  address(hrpo_gate, "mixture", &HrpoGate::mixture);
+  address(hrpo_gate, "bias", &HrpoGate::bias);
+  address(hrpo_gate, "log_scale", &HrpoGate::log_scale);
+  address(hrpo_gate, "latent", &HrpoGate::latent);
+  address(hrpo_gate, "out", &HrpoGate::out);
+  hrpo_gate.def_readwrite("is_bf16", &HrpoGate::is_bf16)
+      .def_readwrite("compat_eps", &HrpoGate::compat_eps)
+      .def_readwrite("rows", &HrpoGate::rows)
+      .def_readwrite("width", &HrpoGate::width)
+      .def_readwrite("threads", &HrpoGate::threads);
+  m.def("hrpo_gate", run(&CpuKernels::hrpo_gate));
+
+  py::class_<HrpoGateBackward, HrpoGate> hrpo_gate_backward(m, "HrpoGateBackward");
+  hrpo_gate_backward.def(py::init<>());
+  address(hrpo_gate_backward, "grad", &HrpoGateBackward::grad);
+  address(hrpo_gate_backward, "du", &HrpoGateBackward::du);
+  address(hrpo_gate_backward, "dtoken", &HrpoGateBackward::dtoken);
+  address(hrpo_gate_backward, "dmixture", &HrpoGateBackward::dmixture);
+  address(hrpo_gate_backward, "partial", &HrpoGateBackward::partial);
+  hrpo_gate_backward.def_readwrite("chunk_rows", &HrpoGateBackward::chunk_rows);
+  m.def("hrpo_gate_backward", run(&CpuKernels::hrpo_gate_backward));
+
+  py::class_<SoftEmbedding> soft_embedding(m, "SoftEmbedding");
+  soft_embedding.def(py::init<>());
+  address(soft_embedding, "ids", &SoftEmbedding::ids);
+  address(soft_embedding, "weight", &SoftEmbedding::weight);
+  address(soft_embedding, "table", &SoftEmbedding::table);
+  address(soft_embedding, "grad", &SoftEmbedding::grad);
+  address(soft_embedding, "place", &SoftEmbedding::place);
+  address(soft_embedding, "begin", &SoftEmbedding::begin);
+  address(soft_embedding, "out", &SoftEmbedding::out);
+  address(soft_embedding, "scratch", &SoftEmbedding::scratch);
+  soft_embedding.def_readwrite("is_bf16", &SoftEmbedding::is_bf16)
+      .def_readwrite("rows", &SoftEmbedding::rows)
+      .def_readwrite("mixed", &SoftEmbedding::mixed)
+      .def_readwrite("vocab", &SoftEmbedding::vocab)
+      .def_readwrite("width", &SoftEmbedding::width)
+      .def_readwrite("threads", &SoftEmbedding::threads);
+  m.def("soft_embedding", run(&CpuKernels::soft_embedding));
+  m.def("soft_embedding_weight_gradient", run(&CpuKernels::soft_embedding_weight_gradient));
+  m.def("soft_embedding_table_gradient", run(&CpuKernels::soft_embedding_table_gradient));
 }

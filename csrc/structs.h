@@ -42,4 +42,49 @@ struct TopkMixture : Rows {
   float* weights = nullptr;   // [rows, top_k]
 };
 
+struct TopkGumbel : Rows {  // token: the likeliest; logprob: [rows, top_k]
+  int32_t top_k = 0;  // 1 .. 64
+  float top_p = 1;
+  float low = 0, high = 0, shift = 0, scale = 1;  // noise = scale * (clip(gumbel, low, high) + shift)
+  float inv_mixture_temperature = 1;
+  int64_t* ids = nullptr;             // [rows, top_k]
+  float* score = nullptr;             // [rows, top_k]
+  float* weights = nullptr;           // [rows, top_k]
+  float* log_kept = nullptr;          // [rows]
+  int64_t* num_candidates = nullptr;  // [rows]
+};
+
+struct HrpoGate {
+  const void *u = nullptr, *token = nullptr, *mixture = nullptr;  // [rows, 2 width], [rows, width] twice
+  bool is_bf16 = false;              // bfloat16 or float32, all three and the output
+  const float* bias = nullptr;       // [2 width]
+  const float* log_scale = nullptr;  // [width], -c softplus(-Lambda)
+  const bool* latent = nullptr;      // [rows]
+  float compat_eps = 0;
+  void* out = nullptr;  // [rows, width]
+  int64_t rows = 0, width = 0;
+  int32_t threads = 1;
+};
+
+struct HrpoGateBackward : HrpoGate {  // `out` is not used
+  const void* grad = nullptr;  // [rows, width]
+  void *du = nullptr, *dtoken = nullptr, *dmixture = nullptr;  // the last two null where they are not wanted
+  int64_t chunk_rows = 1;      // rows whose column sums are one row of `partial`
+  float* partial = nullptr;    // [chunks, 3, width]: gradients of the bias' halves and of log_scale
+};
+
+struct SoftEmbedding {  // forward, and the gradients of weight and table; each uses a part
+  const int64_t* ids = nullptr;   // [rows, mixed], below vocab
+  const float* weight = nullptr;  // [rows, mixed]
+  const void* table = nullptr;    // [vocab, width]
+  const void* grad = nullptr;     // [rows, width], of the output
+  bool is_bf16 = false;           // bfloat16 or float32: table, grad, and an output of `width`
+  const int64_t* place = nullptr;  // [rows * mixed], places in `ids` in the order of the ids there
+  const int64_t* begin = nullptr;  // [vocab + 1], where the places of an id begin
+  void* out = nullptr;  // [rows, width]; gradient of weight: [rows, mixed] floats; of table: [vocab, width]
+  float* scratch = nullptr;  // [threads, width]
+  int64_t rows = 0, mixed = 0, vocab = 0, width = 0;
+  int32_t threads = 1;
+};
+
 }  // namespace fastlatent

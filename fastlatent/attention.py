@@ -6,6 +6,7 @@ scoring, prefill) or `Decode` (one new token a row against a key-value cache). P
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,12 @@ class KVCache:
         shape = (num_rows, config.num_key_value_heads, room, head)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    def view(self) -> KVCache:
+        """The same tensors in a cache of its own: what it selects leaves this one as it is."""
+        out = copy(self)
+        out.keys, out.values = list(self.keys), list(self.values)
+        return out
 
     def select(self, index_B: Tensor, used: int, room: int | None = None) -> None:
         """Keep, repeat or reorder rows, moving the first `used` places; `room` changes how many there are."""
@@ -110,12 +117,17 @@ def _attention(module, query, key, value, attention_mask, scaling, layout: Packe
 AttentionInterface.register(NAME, _attention)
 
 
-def use(model: PreTrainedModel, where: str) -> None:
-    """Route `model`'s attention through this file; UserError where its architecture cannot be routed."""
+def check(model: PreTrainedModel, where: str) -> None:
+    """UserError unless `model`'s attention can be routed through this file."""
     config = model.config
     kinds = getattr(config, "layer_types", None) or (["sliding_window"] if getattr(config, "sliding_window", None) else [])
     other = [kind for kind in kinds if kind != "full_attention"]
     if not getattr(model, "_supports_attention_backend", False) or other:
         reason = f"it has {other[0]} layers" if other else "its attention cannot be replaced"
         raise UserError(f"{where}: {type(model).__name__} is not supported: {reason}; wanted full causal attention")
-    config._attn_implementation = NAME
+
+
+def use(model: PreTrainedModel, where: str) -> None:
+    """Route `model`'s attention through this file; UserError where its architecture cannot be routed."""
+    check(model, where)
+    model.config._attn_implementation = NAME

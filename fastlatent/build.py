@@ -14,6 +14,7 @@ from fastlatent.policy import EmbeddingInDtype, Policy, compute_dtype, model_inf
 from fastlatent.rollout.base import ENGINES, RolloutEngine, match
 from fastlatent.rollout.thinking import ThinkingSpan, eos_ids
 from fastlatent.schema import Config
+from fastlatent.supported import check_supported
 from fastlatent.types import Sampling
 
 
@@ -50,6 +51,12 @@ def sampling_of(config: Config, *, greedy: bool = False) -> Sampling:
 
 def tokenizer(config: Config):
     return models.load_tokenizer(models.resolve_model(config.model.path), config.model.trust_remote_code)
+
+
+def check_model(config: Config) -> None:
+    """Find out from its architecture alone whether the model can be trained, before its weights are loaded."""
+    path = models.resolve_model(config.model.path)
+    check_supported(models.skeleton(path, config.model.trust_remote_code), config.model)
 
 
 def policy(config: Config, *, has_reference: bool = False) -> Policy:

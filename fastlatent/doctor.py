@@ -31,6 +31,7 @@ EXTRAS = {
     "data": Extra("datasets", "datasets", "data.name=hub"),
     "track": Extra("tensorboard", "tensorboard", "log.trackers=[tensorboard]"),
     "gpu": Extra("nvtx", "nvtx", "named ranges in Nsight Systems"),
+    "triton": Extra("triton", "triton", "kernels for a GPU"),
 }
 """By the name of the extra in pyproject.toml."""
 

@@ -6,9 +6,11 @@ Every weight is divided by a count over the whole step, never over a microbatch,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from fastlatent_kernels import clipped_surrogate
+from fastlatent_kernels import clipped_surrogate, policy_gradient_head
 from fastlatent_kernels.clipped_surrogate import STATS
+from torch import Tensor
 
 from fastlatent.schema import ObjectiveConfig
 from fastlatent.types import Batch, Loss, Rollout, Scored
@@ -42,8 +44,19 @@ def token_weights(rollouts: Sequence[Rollout], objective: ObjectiveConfig, max_n
 
 def surrogate(scored: Scored, batch: Batch, objective: ObjectiveConfig) -> Loss:
     """The clipped policy-gradient surrogate with its KL and entropy terms, and its statistics as device sums."""
-    result = clipped_surrogate(
-        scored.logprob_A, batch.old_logprob_A, batch.ref_logprob_A, scored.entropy_A, batch.advantage_A, batch.weight_A,
-        clip_low=objective.clip_low, clip_high=objective.clip_high, dual_clip=objective.dual_clip,
-        kl_coef=objective.kl_coef, kl_estimator=objective.kl_estimator, entropy_coef=objective.entropy_coef)
-    return Loss(result.loss, dict(zip(STATS, result.stats, strict=True)))
+    result = clipped_surrogate(scored.logprob_A, batch.old_logprob_A, batch.ref_logprob_A, scored.entropy_A,
+                               batch.advantage_A, batch.weight_A, **_options(objective))
+    return Loss(result.loss, dict(zip(STATS, result.stats, strict=True)), scored.logprob_A.detach())
+
+
+def surrogate_of_hidden(hidden_AD: Tensor, head_VD: Tensor, batch: Batch, temperature: float,
+                        objective: ObjectiveConfig) -> Loss:
+    """The same of the log-probabilities that `hidden_AD` and the head's weight give the targets, a matrix product cheaper."""
+    result = policy_gradient_head(hidden_AD, head_VD, batch.target_A, batch.old_logprob_A, batch.ref_logprob_A,
+                                  batch.advantage_A, batch.weight_A, temperature=temperature, **_options(objective))
+    return Loss(result.loss, dict(zip(STATS, result.stats, strict=True)), result.logprob_A)
+
+
+def _options(objective: ObjectiveConfig) -> dict[str, Any]:
+    return {"clip_low": objective.clip_low, "clip_high": objective.clip_high, "dual_clip": objective.dual_clip,
+            "kl_coef": objective.kl_coef, "kl_estimator": objective.kl_estimator, "entropy_coef": objective.entropy_coef}

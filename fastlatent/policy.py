@@ -17,13 +17,14 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fastlatent import attention
+from fastlatent import attention, objectives
 from fastlatent.checkpoint import Checkpoint
 from fastlatent.errors import UserError
 from fastlatent.methods.base import Method, MethodConfig, ModelInfo
 from fastlatent.profiling import span
-from fastlatent.schema import ModelConfig
-from fastlatent.types import Batch, Scored
+from fastlatent.schema import ModelConfig, ObjectiveConfig
+from fastlatent.supported import check_supported
+from fastlatent.types import Batch, Loss, Scored
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,7 +49,7 @@ class Policy(nn.Module):
 
     def __init__(self, model, config: ModelConfig, method: type[Method], method_config: MethodConfig, *, has_reference: bool):
         super().__init__()
-        check_head(model)
+        check_supported(model, config)
         attention.use(model, "model.path")
         self.config, self.dtype = config, compute_dtype(config, model.device)
         self.is_tied = model.get_input_embeddings().weight is model.lm_head.weight
@@ -60,10 +61,7 @@ class Policy(nn.Module):
             cast_weights(model, self.dtype)  # frozen: no master needed
             lora = PeftLora(r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout,
                             target_modules=list(config.lora.target_modules), task_type="CAUSAL_LM")
-            try:
-                model = get_peft_model(model, lora, autocast_adapter_dtype=True)
-            except ValueError as error:
-                raise UserError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
+            model = get_peft_model(model, lora, autocast_adapter_dtype=True)
         elif config.freeze_embedding:
             model.get_input_embeddings().requires_grad_(False)
             if self.is_tied:
@@ -101,13 +99,23 @@ class Policy(nn.Module):
         """Last hidden states [T, D] of a packed batch, its latent inputs rebuilt by the method."""
         return self._body(self.base, self.method.embed(batch.token_ids_T, batch.latent_T, batch.record_T), batch)
 
+    def scored_hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states [A, D] at the places that predict a scored token, differentiable."""
+        with span("update/forward"):
+            return self.hidden(batch)[batch.score_A]
+
     def score(self, batch: Batch, temperature: float) -> Scored:
         """Log-probability and entropy of every scored token at `temperature`, differentiable."""
-        with span("update/forward"):
-            hidden_AD = self.hidden(batch)[batch.score_A]
+        hidden_AD = self.scored_hidden(batch)
         with span("update/head"):
             logprob_A, entropy_A = token_logprob(hidden_AD, self.head_weight, batch.target_A, temperature)
         return Scored(logprob_A, entropy_A)
+
+    def loss(self, batch: Batch, temperature: float, objective: ObjectiveConfig) -> Loss:
+        """The surrogate on what `score` gives, a matrix product cheaper: its gradient is made while the logits exist."""
+        hidden_AD = self.scored_hidden(batch)
+        with span("update/head"):
+            return objectives.surrogate_of_hidden(hidden_AD, self.head_weight, batch, temperature, objective)
 
     @torch.no_grad()
     def reference_logprob(self, batch: Batch, temperature: float) -> Tensor:
@@ -177,17 +185,3 @@ class EmbeddingInDtype:
 
     def __call__(self, token_ids_T: Tensor) -> Tensor:
         return self.table(token_ids_T).to(self.dtype)
-
-
-def check_head(model) -> None:
-    """Refuse heads whose logits are not hidden @ W.T: the fused ops would be silently wrong."""
-    head, config = getattr(model, "lm_head", None), model.config
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise UserError(f"model.path: {type(model).__name__} is not supported: wanted a head that is one linear layer without bias")
-    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, option, None) not in (None, 1, 1.0):
-            raise UserError(f"model.path: {type(model).__name__} is not supported: it sets {option}")
-    if not isinstance(getattr(model, "model", None), nn.Module):
-        raise UserError(f"model.path: {type(model).__name__} is not supported: wanted its blocks in a module called 'model'")
-    if getattr(model.model, "embed_scale", None) or getattr(config, "embedding_multiplier", None) not in (None, 1, 1.0):
-        raise UserError(f"model.path: {type(model).__name__} is not supported: it scales its input embeddings")

@@ -1,7 +1,7 @@
 """The loop: draw groups, score them, update the policy, hand the new weights to the engine.
 
     Prompt --engine.generate--> Rollout x G --rewards--> Group --method.advantages--> Group --pack--> Batch
-           --method.score--> Scored --loss--> optimizer --> engine.load_weights(version + 1)
+           --method.loss--> Loss --backward--> optimizer --> engine.load_weights(version + 1)
 
 A step is a pure function of (configuration, weights, optimizer state, step number), so a resumed run repeats what an
 uninterrupted one would have done, bit for bit.
@@ -52,6 +52,7 @@ class Trainer:
         self.dataset = _dataset(config)
         self.trackers = open_trackers(config.log.trackers)
         self.tokenizer = build.tokenizer(config)
+        build.check_model(config)
         self._check_prompts()
         self.held_out = [self._prompt(e) for e in self._held_out_examples()]
         with ExitStack() as opened:

@@ -171,4 +171,5 @@ class Loss:
     """A scalar to differentiate and device sums to log; nobody calls `.item()` before the optimizer has stepped."""
 
     value: Tensor
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor]
+    logprob_A: Tensor  # of the scored tokens, as the loss saw them; detached

@@ -98,7 +98,7 @@ class Updater:
     def _score_old(self, minibatches: list[list[Batch]]) -> None:
         with span("score_old"):
             for batch in (b for batches in minibatches for b in batches):
-                batch.old_logprob_A = self.policy.score(batch, self.temperature).logprob_A
+                batch.old_logprob_A = self.method.score(self.policy, batch, self.temperature).logprob_A
 
     def _score_reference(self, minibatches: list[list[Batch]]) -> None:
         with span("score_ref"):
@@ -108,8 +108,7 @@ class Updater:
     def _step(self, batches: list[Batch], result: UpdateResult, commit: Callable[[], None], is_first: bool) -> None:
         total = torch.zeros((), device=self.policy.device)
         for batch in batches:
-            scored = self.method.score(self.policy, batch, self.temperature)
-            loss = self.method.loss(scored, batch, self.config.objective)
+            loss = self.method.loss(self.policy, batch, self.temperature, self.config.objective)
             with span("update/backward"):
                 loss.value.backward()
             total += loss.value.detach()
@@ -117,7 +116,7 @@ class Updater:
             result.add_sums(loss.sums)
             if not result.attempts and self.temperature == self.config.sampling.temperature:
                 # no weight has moved yet: what is left is the distance between engine and trainer
-                gap_A = (scored.logprob_A.detach() - batch.behaviour_logprob_A).abs()
+                gap_A = (loss.logprob_A - batch.behaviour_logprob_A).abs()
                 result.add_statistics({"sampling/sampling_logp_difference/mean": torch.stack(
                     [gap_A.sum(), torch.tensor(float(gap_A.numel()), device=gap_A.device)])})
             if is_first:

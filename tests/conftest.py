@@ -1,9 +1,15 @@
-"""What every test runs under: one torch thread, fresh memory full of NaN, tests that need a GPU skipped without it."""
+"""What every test runs under: one torch thread, fresh memory full of NaN, Triton in its interpreter and tests that need a
+GPU skipped where there is none."""
 
 import functools
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # triton reads it when a kernel is decorated, and trl, too, imports triton
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config):

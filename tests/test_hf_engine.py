@@ -130,3 +130,50 @@ def test_what_an_engine_cannot_do_is_said_by_name():
 def test_compiling_a_growing_cache_is_refused():
     with pytest.raises(UserError, match="engine.compile: needs engine.kv=static"):
         tiny.engine(tiny.policy("grpo"), *FREE, kv="growing", compile=True)
+
+
+@pytest.mark.parametrize("top_k", [0, 20])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_prepacked_weights_are_the_weights_after_every_load(is_tied, top_k):
+    policy = tiny.policy("hrpo", is_tied=is_tied)
+    engines = [tiny.engine(policy, *FORCED, prepack=on) for on in (True, False)]
+    assert [len(engine.packed_layers) for engine in engines] == [2 * 7 + 1, 0]
+    requests, sampling = tiny.requests(tiny.prompts([5, 9]), 3), Sampling(temperature=0.8, top_k=top_k, max_new_tokens=32)
+    answers = []
+    for version in range(2):
+        packed, plain = (engine.generate(requests, sampling) for engine in engines)
+        assert [r.token_ids for r in packed] == [r.token_ids for r in plain]
+        for a, b in zip(packed, plain, strict=True):
+            torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=2e-4, rtol=0)
+        answers.append([r.token_ids for r in packed])
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter.mul_(1.3)
+        for engine in engines:
+            engine.load_weights(policy.published(), version + 1)
+    assert answers[0] != answers[1]  # else stale weights would have passed
+
+
+def test_prompts_that_come_again_are_read_once_until_the_weights_change():
+    policy = tiny.policy("hrpo")
+    engine = tiny.engine(policy, *FORCED)
+    original, reads = engine._read, []
+
+    def counted(key, prompts):
+        reads.append(len(prompts))
+        return original(key, prompts)
+
+    engine._read = counted
+    prompts, sampling = tiny.prompts([5, 9]), Sampling(temperature=0.8, max_new_tokens=32)
+    first = engine.generate(tiny.requests(prompts, 2), sampling)
+    again = engine.generate(tiny.requests(prompts, 2), sampling)
+    assert [r.token_ids for r in first] == [r.token_ids for r in again]
+    assert [r.logprobs for r in first] == [r.logprobs for r in again]
+    assert reads == [2]
+    engine.generate(tiny.requests(prompts[:1], 2), sampling)
+    engine.load_weights(policy.published(), 1)
+    engine.generate(tiny.requests(prompts[:1], 2), sampling)
+    with engine.released():
+        pass
+    engine.generate(tiny.requests(prompts[:1], 2), sampling)
+    assert reads == [2, 1, 1, 1]

@@ -11,12 +11,16 @@ from transformers import (
     AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig,
     GraniteForCausalLM, MistralConfig, MistralForCausalLM, PhiConfig, PhiForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 
+from fastlatent import models
+from fastlatent.config import load_config
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
 from fastlatent.objectives import surrogate
 from fastlatent.packing import Item, pack
-from fastlatent.policy import Policy, check_head
+from fastlatent.policy import Policy
 from fastlatent.schema import AnswerConfig, LoraConfig, ModelConfig, ObjectiveConfig, ThinkingConfig
+from fastlatent.supported import check_supported
+from fastlatent.trainer import Trainer
 from fastlatent.types import Batch, Sampling
 
 THINKING = ThinkingConfig(end="####", force="\n#### ", max_tokens=12, stop=["\n"])
@@ -198,6 +202,26 @@ def test_masters_are_float32_and_a_bfloat16_base_under_adapters_is_not():
     assert {p.dtype for name, p in adapted.base.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
 
 
+def test_the_fused_loss_is_the_surrogate_of_the_scores():
+    policy = tiny.policy("hrpo", is_tied=True)
+    batch = packed(rollouts(policy), share_prompts=True)
+    batch.old_logprob_A = batch.behaviour_logprob_A + 0.3 * torch.randn(len(batch.target_A), generator=torch.Generator().manual_seed(0))
+    objective, results = ObjectiveConfig(entropy_coef=0.1, dual_clip=3.0), []
+    for loss in (policy.loss(batch, 0.8, objective), surrogate(policy.score(batch, 0.8), batch, objective)):
+        policy.zero_grad()
+        loss.value.backward()
+        results.append((loss, {name: p.grad.clone() for name, p in policy.trainable().items()}))
+    (fused, fused_gradient), (plain, gradient) = results
+    torch.testing.assert_close(fused.value, plain.value)
+    torch.testing.assert_close(fused.logprob_A, plain.logprob_A)
+    assert fused.sums.keys() == plain.sums.keys()
+    for name, value in plain.sums.items():
+        torch.testing.assert_close(fused.sums[name], value, msg=name)
+    assert any(g.abs().max() > 1e-3 for g in gradient.values())
+    for name, value in gradient.items():
+        torch.testing.assert_close(fused_gradient[name], value, atol=1e-6 * gradient[name].abs().max().item() + 1e-7, rtol=1e-3)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -215,7 +239,7 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidd
 def test_a_head_that_the_ops_would_get_wrong_is_refused(make, reason):
     model = make()
     with pytest.raises(UserError) as caught:
-        check_head(model)
+        check_supported(model, ModelConfig())
     assert str(caught.value) == f"model.path: {type(model).__name__} is not supported: {reason}"
 
 
@@ -234,5 +258,18 @@ def test_sliding_windows_are_refused():
 
 
 def test_adapters_for_layers_that_are_not_there_are_refused():
-    with pytest.raises(UserError, match="model.lora.target_modules: .*c_attn"):
-        tiny.policy("grpo", lora=LoraConfig(r=4, target_modules=["c_attn"]))
+    reason = "model.lora.target_modules: Qwen2ForCausalLM has no linear layer 'c_attn'; it has q_proj, k_proj"
+    with pytest.raises(UserError, match=reason):  # one wrong name among right ones is enough
+        tiny.policy("grpo", lora=LoraConfig(r=4, target_modules=["q_proj", "c_attn"]))
+
+
+def test_what_cannot_be_trained_is_refused_before_weights_are_loaded(tmp_path, monkeypatch):
+    def load(*_):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(models, "load_causal_lm", load)
+    path = tiny.save(tmp_path / "model")
+    overrides = [f"model.path={path}", "model.lora={target_modules: [c_attn]}", f"out={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match="no linear layer 'c_attn'"):
+        Trainer(load_config("grpo_quickstart", overrides=overrides))
+    assert not (tmp_path / "run").exists()

@@ -123,7 +123,7 @@ def start(folder):
 
 
 def finish(process) -> int:
-    process.join(120)
+    process.join(300)
     assert process.exitcode is not None, "the session hangs"
     return process.exitcode
 
@@ -281,11 +281,11 @@ def poison(monkeypatch, steps: set[int], minibatch: int) -> dict:
         weights[now] = [{name: p.detach().clone() for name, p in self.policy.trainable().items()}]
         loss = self.policy.method.loss
 
-        def poisoned(scored, batch, objective):
+        def poisoned(policy, batch, temperature, objective):
             calls.append(now)
             if now in steps and len(calls) % 2 == minibatch:
                 batch.advantage_A = torch.full_like(batch.advantage_A, torch.inf)
-            return loss(scored, batch, objective)
+            return loss(policy, batch, temperature, objective)
 
         monkeypatch.setattr(self.policy.method, "loss", poisoned)
         try:
@@ -328,9 +328,8 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_written_down(inside, m
         for name, parameter in run.policy.trainable().items():
             parameter.copy_(weights[2][0][name])
         batches = batches_of(path / "bad-step-000002.safetensors", run.policy.device)
-        scored = [run.policy.score(batch, run.update.temperature) for batch in batches]
-        loss = run.policy.method.loss
-        losses = [loss(*row, run.config.objective).value for row in zip(scored, batches, strict=True)]
+        losses = [run.policy.method.loss(run.policy, batch, run.update.temperature, run.config.objective).value
+                  for batch in batches]
     assert losses and not all(loss.isfinite() for loss in losses)
 
 

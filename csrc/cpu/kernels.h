@@ -9,6 +9,12 @@ struct CpuKernels {
   const char* isa;
   void (*vocab_head)(const VocabHead&);
   void (*topk_mixture)(const TopkMixture&);
+  void (*topk_gumbel)(const TopkGumbel&);
+  void (*hrpo_gate)(const HrpoGate&);
+  void (*hrpo_gate_backward)(const HrpoGateBackward&);
+  void (*soft_embedding)(const SoftEmbedding&);
+  void (*soft_embedding_weight_gradient)(const SoftEmbedding&);
+  void (*soft_embedding_table_gradient)(const SoftEmbedding&);
 };
 
 // Sets this processor can run, best first; ends with {nullptr}.

@@ -7,7 +7,7 @@
 namespace fastlatent {
 namespace FASTLATENT_ISA {
 
-enum Stream : uint32_t { kStreamTile = 0, kStreamId = 1 };
+enum Stream : uint32_t { kStreamTile = 0, kStreamId = 1, kStreamLatent = 2 };
 
 struct RowNoise {
   uint32_t key0, key1, position, prompt, sample_word;

@@ -54,6 +54,23 @@ static inline void store(BFloat16* to, floats v) {
   __builtin_memcpy(to, &h, sizeof h);
 }
 
+// Loads and stores of the first n lanes of a vector.
+template <class T>
+static inline floats load_some(const T* from, int64_t n) {
+  if (n >= kLanes) return load(from);
+  T lanes[kLanes] = {};
+  __builtin_memcpy(lanes, from, n * sizeof(T));
+  return load((const T*)lanes);
+}
+
+template <class T>
+static inline void store_some(T* to, floats v, int64_t n) {
+  if (n >= kLanes) return store(to, v);
+  T lanes[kLanes];
+  store((T*)lanes, v);
+  __builtin_memcpy(to, lanes, n * sizeof(T));
+}
+
 static inline floats larger(floats a, floats b) { return a > b ? a : b; }
 
 static inline float largest_lane(floats v) {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastlatent import advantages, objectives
+from fastlatent import advantages
 from fastlatent.registry import Family
 from fastlatent.schema import ObjectiveConfig
 from fastlatent.types import Batch, Capability, Group, Loss, Sampling, Scored
@@ -134,8 +134,12 @@ class Method(nn.Module):
         """Log-probabilities and entropies of the scored tokens, differentiable."""
         return policy.score(batch, temperature)
 
-    def loss(self, scored: Scored, batch: Batch, objective: ObjectiveConfig) -> Loss:
-        return objectives.surrogate(scored, batch, objective)
+    def loss(self, policy, batch: Batch, temperature: float, objective: ObjectiveConfig) -> Loss:
+        """The loss of a microbatch: the surrogate on the log-probabilities of `score`, here fused with the head that makes them.
+
+        A method that scores something else overrides both, this one with `objectives.surrogate(self.score(...), ...)`.
+        """
+        return policy.loss(batch, temperature, objective)
 
     @torch.no_grad()
     def statistics(self, token_ids_T: Tensor, latent_T: Tensor, record_T: Record | None) -> dict[str, Tensor]:

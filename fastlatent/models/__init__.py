@@ -67,6 +67,19 @@ def load_causal_lm(path: str, dtype: torch.dtype, trust_remote_code: bool = Fals
     return model
 
 
+def skeleton(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The architecture of the model at `path`, without weights (on the meta device); UserError where there is none."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except _expected_errors() as error:
+        raise _refusal("causal language model", path, error) from None
+
+
 def _expected_errors() -> tuple[type[Exception], ...]:
     """What transformers raises for a model that is not there, not known, not whole, or wants an absent package."""
     from huggingface_hub.errors import StrictDataclassError

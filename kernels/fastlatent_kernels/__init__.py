@@ -5,13 +5,19 @@ Imports torch only and never the trainer. `python -m fastlatent_kernels` says wh
 
 from fastlatent_kernels.clipped_surrogate import Surrogate, clipped_surrogate
 from fastlatent_kernels.dispatch import OPS, BackendUnavailable, use_backend
+from fastlatent_kernels.gaussian_reparam import GaussianReparam, gaussian_reparam
 from fastlatent_kernels.group_advantage import group_advantage
 from fastlatent_kernels.hrpo_gate import hrpo_gate
+from fastlatent_kernels.hrpo_gate_decode import hrpo_gate_decode
+from fastlatent_kernels.policy_gradient_head import PolicyGradient, policy_gradient_head
 from fastlatent_kernels.soft_embedding import soft_embedding
 from fastlatent_kernels.token_logprob import token_logprob
+from fastlatent_kernels.topk_gumbel import ClippedGumbel, TopkGumbel, topk_gumbel
 from fastlatent_kernels.topk_mixture import TopkMixture, topk_mixture
 from fastlatent_kernels.vocab_head import VocabHead, vocab_head
 
 __all__ = [
-    "OPS", "BackendUnavailable", "Surrogate", "TopkMixture", "VocabHead", "clipped_surrogate", "group_advantage",
-    "hrpo_gate", "soft_embedding", "token_logprob", "topk_mixture", "use_backend", "vocab_head"]
+    "OPS", "BackendUnavailable", "ClippedGumbel", "GaussianReparam", "PolicyGradient", "Surrogate", "TopkGumbel",
+    "TopkMixture", "VocabHead", "clipped_surrogate", "gaussian_reparam", "group_advantage", "hrpo_gate", "hrpo_gate_decode",
+    "policy_gradient_head", "soft_embedding", "token_logprob", "topk_gumbel", "topk_mixture", "use_backend",
+    "vocab_head"]

@@ -3,6 +3,9 @@
 An op is a plain torch function marked with `@op`. Its body is the reference: readable, correct on any device, and what
 every other implementation is tested against. `<op>/<name>_impl.py` registers a backend, a faster implementation of the
 whole op.
+
+The choice has two questions for each backend, in order: can it run this call (`why_not`), and does it pay
+(`passed_over`)? A backend named by the caller is asked only the first.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 OPS: dict[str, Op] = {}
 """Every op by name; tests and benchmarks iterate over it."""
 
-OPTIONAL_PACKAGES = ("triton", "fastlatent_kernels._C")
+OPTIONAL_PACKAGES = ("triton", "fastlatent_kernels._C", "fastlatent_kernels._cuda")
 
 # a plain global and no ContextVar: torch.compile guards on it, so compiled code follows use_backend
 _forced: str | None = os.environ.get("FASTLATENT_BACKEND") or None
@@ -43,13 +46,23 @@ class Op:
         self._check = check
         self._impls: dict[str, Callable] = {"reference": reference}
         self._supports: dict[str, Callable[..., str | None]] = {}
+        self._slower: dict[str, Callable[..., str | None]] = {}
         OPS[self.name] = self
 
-    def backend(self, name: str, *, supports: Callable[..., str | None]) -> Callable[[Callable], Callable]:
-        """Register an implementation. `supports(*args)` returns None, or the sentence that says why it cannot run."""
+    def backend(self, name: str, *, supports: Callable[..., str | None],
+                slower: Callable[..., str | None] | None = None) -> Callable[[Callable], Callable]:
+        """Register an implementation.
+
+        Args:
+            supports: called with the op's arguments; returns None, or the sentence that says why it cannot run.
+            slower: called likewise where it can; returns None, or the sentence that says what was measured to be faster
+                for such a call. None where it is always worth its place in the order.
+        """
 
         def register(impl: Callable) -> Callable:
             self._impls[name], self._supports[name] = impl, supports
+            if slower is not None:
+                self._slower[name] = slower
             return impl
 
         return register
@@ -63,6 +76,12 @@ class Op:
         missing = _load(f"{self.__module__}.{name}_impl")
         return missing if missing is not None else self._supports[name](*args, **kwargs)
 
+    def passed_over(self, name: str, *args, **kwargs) -> str | None:
+        """None when the automatic choice takes `name`, which can run this call, else one sentence saying why not."""
+        if name == "triton" and _is_interpreted():
+            return "its interpreter is for tests: name it to run it"
+        return self._slower[name](*args, **kwargs) if name in self._slower else None
+
     def chosen(self, *args, **kwargs) -> str:
         """Name of the backend this call would use; raises as the call itself would."""
         if self._check is not None:
@@ -70,12 +89,12 @@ class Op:
         if _forced is not None:
             return self._named(_forced, *args, **kwargs)
         for name in self.order:
-            if self.why_not(name, *args, **kwargs) is None:
+            if self.why_not(name, *args, **kwargs) is None and self.passed_over(name, *args, **kwargs) is None:
                 return name
         return "reference"
 
     def __call__(self, *args, backend: str | None = None, **kwargs):
-        """Run the op: on `backend` if named here or by `use_backend`, else on the first backend that can."""
+        """Run the op: on `backend` if named here or by `use_backend`, else on the first that can and that pays."""
         if backend is None:
             name = self.chosen(*args, **kwargs)
         else:
@@ -130,3 +149,11 @@ def _load(module: str) -> str | None:
                 raise
             _loaded[module] = f"{error.name} is not installed"
     return _loaded[module]
+
+
+@torch.compiler.assume_constant_result
+def _is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter; asked only once a Triton backend has been imported."""
+    from fastlatent_kernels.triton_support import INTERPRETED
+
+    return INTERPRETED

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 import fastlatent_kernels._C as _C
-
-# registered as torch operators, so that torch.compile keeps them as nodes of its graph
-LIBRARY = torch.library.Library("fastlatent", "FRAGMENT")
+from fastlatent_kernels.library import LIBRARY  # noqa: F401  (the backends take it from here)
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -51,6 +51,16 @@ def gumbel(seed: Tensor, index: Tensor, position: Tensor, stream: int, prompt: T
     return -torch.log(-torch.log(uniform(seed, index, position, stream, prompt, sample_word)))
 
 
+def normal(seed: Tensor, index: Tensor, position: Tensor, stream: int, prompt: Tensor, sample_word: Tensor) -> Tensor:
+    """Standard normal noise, float32, of `uniform` with the same arguments: the inverse distribution function at u.
+
+    One u per normal, so that a dimension's noise depends on its own address alone (Box-Muller would tie it to a
+    neighbour's); 2**23 values, the outermost at +-5.29.
+    """
+    # float64 inside rounds once: the definition that backends approximate
+    return torch.special.ndtri(uniform(seed, index, position, stream, prompt, sample_word).double()).float()
+
+
 def row_gumbel(seed: Tensor, index: Tensor, stream: int, counter_B3: Tensor) -> Tensor:
     """`gumbel` of rows whose counters are (position, prompt id, step * 2**16 + sample); `index` is [n] or [B, n]."""
     position, prompt, sample_word = counter_B3[:, 0:1], counter_B3[:, 1:2], counter_B3[:, 2:3]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlatent_kernels.dispatch import OPS, BackendUnavailable
+from fastlatent_kernels.dispatch import OPS, BackendUnavailable, use_backend
 
 
 class Choice(NamedTuple):
@@ -16,6 +16,7 @@ class Choice(NamedTuple):
     dtype: str
     backend: str  # what a call would use; "none" where a backend named for all ops makes it raise
     refusals: dict[str, str]  # backends that cannot run it, each with the reason
+    passed_over: dict[str, str]  # backends that can but would not be chosen, each with the reason
 
 
 def choices() -> list[Choice]:
@@ -28,11 +29,14 @@ def choices() -> list[Choice]:
 def _choice(name: str, device: str, dtype: torch.dtype) -> Choice:
     op = OPS[name]
     cases = importlib.import_module(f"{op.__module__}.cases")
-    inputs = cases.make_inputs(cases.TEST_SHAPES[0], dtype=dtype, device=device)
+    with use_backend(None):  # an op may make the inputs of another, which may lack the backend that is named for all
+        inputs = cases.make_inputs(cases.TEST_SHAPES[0], dtype=dtype, device=device)
     reasons = {backend: op.why_not(backend, **inputs) for backend in op.order}
     refusals = {backend: reason for backend, reason in reasons.items() if reason is not None}
+    passed_over = {backend: reason for backend in op.order if backend not in refusals
+                   and (reason := op.passed_over(backend, **inputs)) is not None}
     try:
         chosen = op.chosen(**inputs)
     except BackendUnavailable as error:
         chosen, refusals = "none", refusals | {error.backend: error.reason}
-    return Choice(name, device, str(dtype).removeprefix("torch."), chosen, refusals)
+    return Choice(name, device, str(dtype).removeprefix("torch."), chosen, refusals, passed_over)

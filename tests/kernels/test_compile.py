@@ -1,44 +1,42 @@
-"""What decode needs of an op: it compiles whole, gives what it gives eagerly, and never waits for the device."""
-
-import importlib
+"""What the trainer needs of an op: it compiles whole, gives what it gives eagerly and never waits for the device."""
 
 import pytest
 import torch
 from fastlatent_kernels import OPS, use_backend
+from fastlatent_kernels.library import LIBRARY
+from test_ops import cases_of, refuses, run
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SHAPES = {"vocab_head": {"B": 6, "D": 16, "V": 300, "mixture": 1},
-          "topk_mixture": {"B": 6, "V": 300, "K": 20, "top_p": 0.8},
-          "hrpo_gate": {"T": 6, "D": 16}, "soft_embedding": {"N": 6, "K": 4, "V": 50, "D": 16}}
+BACKENDS = [pytest.param(op, backend, id=f"{op.name}-{backend}") for op in OPS.values()
+            for backend in (*op.order, "reference")]
 
 
-def inputs_of(name, shape):
-    cases = importlib.import_module(f"{OPS[name].__module__}.cases")
-    return cases.make_inputs(shape, dtype=torch.float32, device="cpu")
+def inputs_of(op, shape_at: int = 1):
+    return cases_of(op).make_inputs(cases_of(op).TEST_SHAPES[shape_at], dtype=torch.float32, device="cpu")
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_decode_ops_compile_without_graph_breaks(name, backend):
+@pytest.mark.parametrize(("op", "backend"), BACKENDS)
+def test_ops_compile_without_graph_breaks(op, backend):
+    inputs = inputs_of(op)
+    if refuses(op, backend, "cpu", inputs):
+        return
     torch._dynamo.reset()
-    op, inputs = OPS[name], inputs_of(name, SHAPES[name])
-    with use_backend(backend):
-        eager = op(**inputs)
-        # aot_eager and not inductor: graph breaks and wrong tracing show in both, and no C++ compiler runs
-        compiled = torch.compile(op, fullgraph=True, backend="aot_eager")(**inputs)
-    assert_same(eager, compiled)
+    # aot_eager and not inductor: graph breaks and wrong tracing show in both, and no C++ compiler runs
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert_same(run(op, inputs, backend), run(compiled, inputs, backend))
 
 
 def test_generated_code_equals_the_reference():
     torch._dynamo.reset()
-    op, inputs = OPS["hrpo_gate"], inputs_of("hrpo_gate", SHAPES["hrpo_gate"])
-    with use_backend("reference"):
-        assert_same(op(**inputs), torch.compile(op, fullgraph=True)(**inputs))
+    op = OPS["hrpo_gate"]
+    assert_same(run(op, inputs_of(op), "reference"), run(torch.compile(op, fullgraph=True), inputs_of(op), "reference"))
 
 
 def test_compiled_code_follows_use_backend():
     torch._dynamo.reset()
-    op, inputs = OPS["topk_mixture"], inputs_of("topk_mixture", SHAPES["topk_mixture"])
+    op, inputs = OPS["topk_mixture"], inputs_of(OPS["topk_mixture"])
     graphs = []
 
     def record(graph, _):
@@ -52,24 +50,55 @@ def test_compiled_code_follows_use_backend():
     assert len(graphs) == 2 and "topk_rows" in graphs[0] and "topk_rows" not in graphs[1]
 
 
-@pytest.mark.parametrize("unit_p_dtype", [None, torch.bfloat16])
-def test_native_operators_are_well_registered(unit_p_dtype):
-    inputs = inputs_of("topk_mixture", SHAPES["topk_mixture"])
-    assert OPS["topk_mixture"].chosen(**inputs) == "native" and OPS["vocab_head"].why_not(
-        "native", **inputs_of("vocab_head", SHAPES["vocab_head"])) is None  # both load their operators
-    logits, seed, counter = inputs["logits_BV"], inputs["seed"], inputs["counter_B3"]
-    torch.library.opcheck(torch.ops.fastlatent.topk_rows.default, (logits, 0.7, 20, 0.8, seed, counter, False))
-    torch.library.opcheck(torch.ops.fastlatent.vocab_rows.default, (logits, 0.7, seed, counter, False, unit_p_dtype))
+CALLS: dict[str, tuple] = {}
 
 
-def assert_same(eager, compiled):
-    eager, compiled = ((x,) if isinstance(x, torch.Tensor) else x for x in (eager, compiled))
-    assert type(eager) is type(compiled)
-    for a, b in zip(eager, compiled, strict=True):
-        if a.is_floating_point():
-            torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-6)
-        else:
-            assert torch.equal(a, b)
+class CallsAboveAutograd(TorchFunctionMode):
+    """Notes the arguments of our operators, among them those that want a gradient."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith("fastlatent."):
+            CALLS[str(func).removesuffix(".default")] = copies(args)
+        return func(*args, **kwargs or {})
+
+
+class CallsInBackward(TorchDispatchMode):
+    """Notes the others: in a backward pass there is no function mode."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastlatent":
+            CALLS.setdefault(str(func.overloadpacket), copies(args))
+        return func(*args, **kwargs or {})
+
+
+def copies(args: tuple) -> tuple:
+    """Leaves, which want a gradient if these tensors do in the mode of the call."""
+    return pytree.tree_map_only(torch.Tensor, lambda x: x.detach().clone().requires_grad_(
+        x.requires_grad and torch.is_grad_enabled()), args)
+
+
+def test_operators_are_well_registered():
+    """Schema, shapes without data, gradients and tracing of every operator that some backend of some op calls."""
+    CALLS.clear()
+    for op in OPS.values():
+        for backend in op.order:
+            if not refuses(op, backend, "cpu", inputs_of(op)):
+                with CallsInBackward(), CallsAboveAutograd():
+                    run(op, inputs_of(op), backend)
+    if not torch.cuda.is_available():
+        keys = "CPU", "CompositeExplicitAutograd"
+        assert CALLS.keys() == {name.replace("::", ".") for name in LIBRARY._op_defs if any(
+            torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)}
+    assert len(CALLS) > 10
+    for name, args in CALLS.items():
+        torch.library.opcheck(getattr(torch.ops.fastlatent, name.removeprefix("fastlatent.")).default, args)
+
+
+def assert_same(eager: dict, compiled: dict) -> None:
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=2e-6, equal_nan=True,
+                                   msg=lambda m, name=name: f"{name}: {m}")
 
 
 class NoHostReads(TorchDispatchMode):
@@ -88,8 +117,7 @@ class NoHostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_no_reference_waits_for_the_device(name):
-    cases = importlib.import_module(f"{OPS[name].__module__}.cases")
-    inputs = inputs_of(name, cases.TEST_SHAPES[1])
+    inputs = inputs_of(OPS[name])
     leaves = [x.requires_grad_() for x in inputs.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
     with NoHostReads():
         out = OPS[name](**inputs, backend="reference")

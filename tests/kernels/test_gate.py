@@ -1,4 +1,4 @@
-"""The gate against numbers worked by hand and float64, and at the edge where it becomes the plain token."""
+"""Every backend of the gate against numbers worked by hand and float64, and where it becomes the plain token."""
 
 import math
 
@@ -6,6 +6,11 @@ import pytest
 import torch
 from fastlatent_kernels import hrpo_gate, soft_embedding
 from fastlatent_kernels.hrpo_gate import gate_decay
+from fastlatent_kernels.hrpo_gate.cases import make_inputs
+from torch.library import opcheck
+
+BACKENDS = ["reference", "native", "triton"]
+FUSED = ["native", "triton"]
 
 
 def by_hand(u_r, u_i, token, mixture, bias_r, bias_i, lam, eps=0.0):
@@ -31,28 +36,32 @@ def test_gate_equals_the_formula_worked_by_hand():
     assert gate_decay(zero, zero[0], lam).item() == pytest.approx(math.sqrt(0.99), abs=1e-12)
 
 
-def test_positions_that_are_not_latent_are_the_token_bit_for_bit():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_positions_that_are_not_latent_are_the_token_bit_for_bit(backend):
     torch.manual_seed(0)
     token = torch.randn(6, 8).bfloat16()
     latent = torch.tensor([True, False, True, False, False, True])
-    out = hrpo_gate(torch.randn(6, 16), token, torch.randn(6, 8), torch.randn(16), torch.randn(8), latent)
+    out = hrpo_gate(torch.randn(6, 16).bfloat16(), token, torch.randn(6, 8).bfloat16(), torch.randn(16), torch.randn(8),
+                    latent, backend=backend)
     assert torch.equal(out[~latent], token[~latent]) and not torch.equal(out[latent], token[latent])
 
 
 @pytest.mark.parametrize(("u_shift", "lam"), [(0.0, 200.0), (-200.0, 5.0), (0.0, 90.0)],
                          ids=["lambda", "r", "subnormal"])
-def test_no_decay_is_exactly_the_token_with_finite_gradients(u_shift, lam):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_decay_is_exactly_the_token_with_finite_gradients(u_shift, lam, backend):
     torch.manual_seed(0)
     u, token, mixture = torch.randn(5, 16) + u_shift, torch.randn(5, 8), torch.randn(5, 8)
     leaves = [x.requires_grad_() for x in (u, token, mixture, torch.zeros(16), torch.full((8,), lam))]
-    out = hrpo_gate(*leaves, torch.ones(5, dtype=torch.bool))
+    out = hrpo_gate(*leaves, torch.ones(5, dtype=torch.bool), backend=backend)
     assert torch.equal(out, token)
     out.sum().backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
     assert torch.equal(token.grad, torch.ones(5, 8))
 
 
-def test_gradients_near_no_decay_are_those_of_float64():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_near_no_decay_are_those_of_float64(backend):
     """Where a is within 1e-7 of 1, 1 - a * a would be noise in float32."""
     torch.manual_seed(0)
     inputs = [torch.randn(3, 8), torch.randn(3, 4), torch.randn(3, 4), torch.randn(8),
@@ -60,7 +69,8 @@ def test_gradients_near_no_decay_are_those_of_float64():
     grads = []
     for dtype in (torch.float32, torch.float64):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        hrpo_gate(*leaves, torch.ones(3, dtype=torch.bool)).sum().backward()
+        runs_on = backend if dtype == torch.float32 else "reference"
+        hrpo_gate(*leaves, torch.ones(3, dtype=torch.bool), backend=runs_on).sum().backward()
         grads.append([leaf.grad.double() for leaf in leaves])
     for single, double in zip(*grads, strict=True):
         torch.testing.assert_close(single, double, rtol=3e-6, atol=1e-7)
@@ -73,6 +83,83 @@ def test_gate_gradients_pass_gradcheck():
               for size in ((3, 8), (3, 4), (3, 4), (8,), (4,))]
     latent = torch.tensor([True, False, True])
     assert torch.autograd.gradcheck(lambda *x: hrpo_gate(*x, latent), leaves)
+
+
+def gradients(inputs, backend, wanted=("u_T2D", "token_TD", "mixture_TD", "bias_2D", "lambda_D")):
+    """Output, then the gradients of `wanted` for a fixed cotangent."""
+    leaves = inputs | {name: inputs[name].detach().clone().requires_grad_() for name in wanted}
+    out = hrpo_gate(**leaves, backend=backend)
+    (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    return [out.detach(), *(leaves[name].grad for name in wanted)]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_gradients_nobody_wants_are_left_out_and_change_nothing(backend):
+    """The update takes the mixture as a constant, and the table too where it is frozen."""
+    inputs = make_inputs({"T": 9, "D": 20}, dtype=torch.float32, device="cpu")
+    _, du, dtoken, _, dbias, dlambda = gradients(inputs, backend)
+    for wanted, want in {("u_T2D", "token_TD", "bias_2D", "lambda_D"): (du, dtoken, dbias, dlambda),
+                         ("u_T2D", "bias_2D", "lambda_D"): (du, dbias, dlambda)}.items():
+        for got, expected in zip(gradients(inputs, backend, wanted)[1:], want, strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_strides_do_not_matter(backend):
+    inputs = make_inputs({"T": 6, "D": 10}, dtype=torch.bfloat16, device="cpu")
+    apart = {name: torch.stack([value, value], dim=-1)[..., 0] for name, value in inputs.items()}
+    assert not apart["u_T2D"].is_contiguous()
+    for got, want in zip(gradients(apart, backend), gradients(inputs, backend), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_no_rows_are_no_error(backend):
+    inputs = make_inputs({"T": 0, "D": 10}, dtype=torch.float32, device="cpu")
+    out, du, *_, dbias, dlambda = gradients(inputs, backend)
+    assert out.shape == (0, 10) and du.shape == (0, 20) and not dbias.any() and not dlambda.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["u_T2D", "bias_2D", "lambda_D"])
+def test_a_nan_is_not_swallowed(name, backend):
+    inputs = make_inputs({"T": 3, "D": 5}, dtype=torch.float32, device="cpu") | {"latent_T": torch.ones(3).bool()}
+    inputs[name][..., 2] = torch.nan
+    out = hrpo_gate(**inputs, backend=backend)
+    assert out[:, 2].isnan().all() and out[:, :2].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_gate_operators_are_well_registered_and_compile(backend):
+    inputs = make_inputs({"T": 6, "D": 10}, dtype=torch.float32, device="cpu") | {"compat_eps": 1e-8}
+    assert hrpo_gate.why_not(backend, **inputs) is None  # loads the operators
+    leaves = [value.requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+              for value in inputs.values()]
+    operator = getattr(torch.ops.fastlatent, f"hrpo_gate_{backend}").default
+    opcheck(operator, leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: hrpo_gate(*x, backend=backend), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*leaves), hrpo_gate(*leaves, backend=backend))
+
+
+def test_every_instruction_set_is_the_same_gate_whatever_the_threads(monkeypatch):
+    from fastlatent_kernels import _C
+    from fastlatent_kernels.hrpo_gate import native_impl
+
+    inputs = make_inputs({"T": 200, "D": 200}, dtype=torch.float32, device="cpu")
+    doubles = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    exact = gradients(doubles, "reference")
+    one_thread = gradients(inputs, "native")
+    call = native_impl._call
+    for isa in _C.isas():
+        monkeypatch.setattr(native_impl, "_call", lambda kernel, arguments, _, isa=isa, **fields: call(
+            kernel, arguments, isa, **fields))
+        for got, want in zip(gradients(inputs, "native"), exact, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6 * max(1, want.abs().max().item()))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for got, want in zip(gradients(inputs, "native"), one_thread, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_soft_embedding_is_a_dense_product_with_the_mixture():

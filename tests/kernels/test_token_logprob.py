@@ -57,6 +57,25 @@ def test_frozen_weights_or_hidden_states_get_no_gradient():
     torch.testing.assert_close(grad, want[1])
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_several_targets_a_row_are_each_on_its_own(backend):
+    """Repeated ids included: their gradients add up."""
+    hidden, weight, _ = inputs(9, 6, 40, torch.float32 if backend == "triton" else torch.float64)
+    target_AK = torch.randint(40, (9, 3), generator=torch.Generator().manual_seed(2))
+    target_AK[4] = target_AK[4, 0]
+    direction_AK = torch.randn(9, 3, generator=torch.Generator().manual_seed(3))
+    logprob_AK, entropy_A = token_logprob(hidden, weight, target_AK, 0.7, backend=backend)
+    got = torch.autograd.grad((logprob_AK * direction_AK).sum() - 0.2 * entropy_A.sum(), (hidden, weight))
+    double, double_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    each = [plain(double, double_weight, target_AK[:, k], 0.7) for k in range(3)]
+    loss = sum((each[k][0] * direction_AK[:, k]).sum() for k in range(3)) - 0.2 * each[0][1].sum()
+    want = torch.autograd.grad(loss, (double, double_weight))
+    assert logprob_AK.shape == (9, 3) and entropy_A.shape == (9,)
+    expected = (torch.stack([logprob for logprob, _ in each], dim=1), each[0][1], *want)
+    for a, b in zip((logprob_AK, entropy_A, *got), expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5)
+
+
 class Watch(TorchDispatchMode):
     """Sizes of everything made, and how many matrix products made it."""
 

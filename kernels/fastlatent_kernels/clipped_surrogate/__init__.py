@@ -7,6 +7,7 @@ that no loss overflows.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,13 +31,23 @@ class Surrogate(NamedTuple):
     stats: Tensor  # [len(STATS)] in the same dtype, detached
 
 
-def _check(logprob_A, old_logprob_A, ref_logprob_A, entropy_A, advantage_A, weight_A, *, clip_low, clip_high,
-           dual_clip=None, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0) -> None:
+def _check(logprob_A, old_logprob_A, ref_logprob_A, entropy_A, advantage_A, weight_A, **options) -> None:
     expect("logprob_A", logprob_A, ("A",))
-    for name, tensor in (("old_logprob_A", old_logprob_A), ("ref_logprob_A", ref_logprob_A), ("entropy_A", entropy_A),
-                         ("advantage_A", advantage_A), ("weight_A", weight_A)):
-        if tensor is not None:
-            expect(name, tensor, tuple(logprob_A.shape), like=logprob_A)
+    check_columns(logprob_A, old_logprob_A=old_logprob_A, ref_logprob_A=ref_logprob_A, entropy_A=entropy_A,
+                  advantage_A=advantage_A, weight_A=weight_A)
+    check_options(ref_logprob_A, **options)
+
+
+def check_columns(like_A: Tensor, **columns_A: Tensor | None) -> None:
+    """ValueError naming the first column that is no floating [A] tensor beside `like_A`; None is left out."""
+    for name, column_A in columns_A.items():
+        if column_A is not None:
+            expect(name, column_A, tuple(like_A.shape), like=like_A)
+
+
+def check_options(ref_logprob_A: Tensor | None, *, clip_low, clip_high, dual_clip=None, kl_coef=0.0,
+                  kl_estimator="k3", entropy_coef=0.0) -> None:
+    """ValueError naming the first option of the surrogate that is wrong."""
     expect_number("clip_low", clip_low, "a number in [0, 1]", 0 <= clip_low <= 1)
     expect_number("clip_high", clip_high, "a number >= 0", clip_high >= 0)
     if dual_clip is not None:
@@ -45,9 +56,10 @@ def _check(logprob_A, old_logprob_A, ref_logprob_A, entropy_A, advantage_A, weig
         raise ValueError(f"kl_estimator: expected {', '.join(KL_ESTIMATORS)}, got {kl_estimator!r}")
     if kl_coef != 0 and ref_logprob_A is None:
         raise ValueError("ref_logprob_A: expected a tensor because kl_coef is not 0, got None")
+    expect_number("entropy_coef", entropy_coef, "a finite number", math.isfinite(entropy_coef))
 
 
-@op(check=_check)
+@op(backends=("triton",), check=_check)
 def clipped_surrogate(
         logprob_A: Tensor, old_logprob_A: Tensor | None, ref_logprob_A: Tensor | None, entropy_A: Tensor,
         advantage_A: Tensor, weight_A: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None,
@@ -61,11 +73,11 @@ def clipped_surrogate(
         kl_estimator: k1 (log ratio), k2 (half its square) or k3 (unbiased and positive) of KL(pi || ref).
 
     Returns:
-        `Surrogate`. The gradient reaches `logprob_A`, and `entropy_A` where entropy_coef is not 0.
+        `Surrogate`. The gradient reaches `logprob_A`, and `entropy_A` if entropy_coef is not 0; the rest is constant.
     """
     dtype, is_live_A = compute_dtype(logprob_A), weight_A != 0
-    logprob_A, advantage_A, weight_A = logprob_A.to(dtype), advantage_A.to(dtype), weight_A.to(dtype)
-    old_A = logprob_A.detach() if old_logprob_A is None else old_logprob_A.to(dtype)
+    logprob_A, advantage_A, weight_A = logprob_A.to(dtype), advantage_A.detach().to(dtype), weight_A.detach().to(dtype)
+    old_A = (logprob_A if old_logprob_A is None else old_logprob_A.to(dtype)).detach()
     log_ratio_A = (logprob_A - old_A).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio_A = torch.exp(log_ratio_A)
     gain_A = torch.minimum(ratio_A * advantage_A, ratio_A.clamp(1 - clip_low, 1 + clip_high) * advantage_A)
@@ -76,7 +88,9 @@ def clipped_surrogate(
         gain_A = torch.where(is_dual_A, floor_A, gain_A)
 
     loss_A = -gain_A
-    kl_A = torch.zeros_like(loss_A) if ref_logprob_A is None else _kl(logprob_A, ref_logprob_A.to(dtype), kl_estimator)
+    kl_A = torch.zeros_like(loss_A)
+    if ref_logprob_A is not None:
+        kl_A = _kl(logprob_A, ref_logprob_A.detach().to(dtype), kl_estimator)
     if kl_coef != 0:
         loss_A = loss_A + kl_coef * kl_A
     if entropy_coef != 0:

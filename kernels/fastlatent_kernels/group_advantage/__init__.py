@@ -22,7 +22,7 @@ def _check(reward_SG, mask_SG, kind, eps) -> None:
     expect_number("eps", eps, "a number >= 0", eps >= 0)
 
 
-@op(check=_check)
+@op(backends=("triton",), check=_check)
 @torch.no_grad()
 def group_advantage(reward_SG: Tensor, mask_SG: Tensor, kind: str, eps: float) -> Tensor:
     """Advantage [S, G], float32 from float64 sums, of each valid reward among the valid rewards r of its row.

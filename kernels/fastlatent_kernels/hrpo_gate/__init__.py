@@ -28,7 +28,7 @@ def _check(u_T2D, token_TD, mixture_TD, bias_2D, lambda_D, latent_T, compat_eps=
     expect_number("compat_eps", compat_eps, "a number >= 0", compat_eps >= 0)
 
 
-@op(check=_check)
+@op(backends=("triton", "native"), check=_check)
 def hrpo_gate(u_T2D: Tensor, token_TD: Tensor, mixture_TD: Tensor, bias_2D: Tensor, lambda_D: Tensor, latent_T: Tensor,
               compat_eps: float = 0.0) -> Tensor:
     """Input embeddings `a * token + s * (i * mixture)` at latent positions, `token` bit for bit elsewhere.

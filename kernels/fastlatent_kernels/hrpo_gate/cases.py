@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-TEST_SHAPES = [{"T": 1, "D": 1}, {"T": 7, "D": 65}, {"T": 128, "D": 96}]
+TEST_SHAPES = [{"T": 1, "D": 1}, {"T": 7, "D": 65}, {"T": 128, "D": 96}, {"T": 37, "D": 200},
+               {"T": 5, "D": 32, "latent_percent": 0}, {"T": 5, "D": 32, "latent_percent": 100}]
 BENCH_SHAPES = [{"T": t, "D": d} for t in (64, 4096, 32768) for d in (576, 1536)]
 
 
@@ -12,8 +13,9 @@ def make_inputs(shape: dict[str, int], *, dtype: torch.dtype, device: str, seed:
     T, D = shape["T"], shape["D"]
     g = torch.Generator().manual_seed(seed)
     new = lambda *size: torch.randn(*size, generator=g)
+    latent_share = shape.get("latent_percent", 70) / 100
     inputs = {"u_T2D": new(T, 2 * D).to(dtype), "token_TD": new(T, D).to(dtype), "mixture_TD": new(T, D).to(dtype),
-              "bias_2D": new(2 * D), "lambda_D": 4 + 3 * new(D), "latent_T": torch.rand(T, generator=g) < 0.7}
+              "bias_2D": new(2 * D), "lambda_D": 4 + 3 * new(D), "latent_T": torch.rand(T, generator=g) < latent_share}
     return {name: value.to(device) for name, value in inputs.items()}
 
 

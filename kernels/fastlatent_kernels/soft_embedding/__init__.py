@@ -17,7 +17,7 @@ def _check(ids_NK, weight_NK, table_VD) -> None:
     expect("weight_NK", weight_NK, tuple(ids_NK.shape), like=table_VD)
 
 
-@op(check=_check)
+@op(backends=("triton", "native"), check=_check)
 def soft_embedding(ids_NK: Tensor, weight_NK: Tensor, table_VD: Tensor) -> Tensor:
     """`out[n] = sum_k weight[n, k] * table[ids[n, k]]`, [N, D] in the dtype of the table, summed in float32.
 

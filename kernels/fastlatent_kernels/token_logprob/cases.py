@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-TEST_SHAPES = [{"A": 1, "D": 1, "V": 2}, {"A": 7, "D": 65, "V": 131}, {"A": 200, "D": 32, "V": 300}]
+TEST_SHAPES = [{"A": 1, "D": 1, "V": 2}, {"A": 7, "D": 65, "V": 131}, {"A": 70, "D": 32, "V": 300}]
 BENCH_SHAPES = [{"A": a, "D": 576, "V": 49152} for a in (256, 2048)]
 
 
@@ -20,3 +20,8 @@ def make_inputs(shape: dict[str, int], *, dtype: torch.dtype, device: str, seed:
 def bytes_moved(shape: dict[str, int], dtype: torch.dtype) -> int:
     """Least traffic of a forward pass: weights and hidden states once."""
     return (shape["V"] + shape["A"]) * shape["D"] * dtype.itemsize + 16 * shape["A"]
+
+
+def flops(shape: dict[str, int]) -> int:
+    """The GEMM of a forward pass."""
+    return 2 * shape["A"] * shape["D"] * shape["V"]

@@ -35,7 +35,7 @@ def _check(logits_BV, temperature, top_k, top_p, seed, counter_B3, greedy) -> No
     expect_noise(seed, counter_B3, logits_BV)
 
 
-@op(backends=("native",), check=_check)
+@op(backends=("triton", "native"), check=_check)
 @torch.no_grad()
 def topk_mixture(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, seed: Tensor, counter_B3: Tensor,
                  greedy: bool) -> TopkMixture:
@@ -48,7 +48,7 @@ def topk_mixture(logits_BV: Tensor, temperature: float, top_k: int, top_p: float
         greedy: take the likeliest token (the lowest id among equals); the weights keep their temperature.
     """
     raw_BV = logits_BV.to(compute_dtype(logits_BV))
-    ids_BK = _top_ids(raw_BV, top_k)
+    ids_BK = largest_ids(raw_BV, top_k)
     scaled_BV = raw_BV / temperature
     lse_B1 = scaled_BV.logsumexp(dim=1, keepdim=True)
     logprob_BV = scaled_BV - lse_B1
@@ -80,7 +80,7 @@ def _draw(logprob_BK: Tensor, ids_BK: Tensor, seed: Tensor, counter_B3: Tensor) 
     return torch.where(tile_BK == tile_BK.gather(1, best_B1), key_BK, -torch.inf).argmax(dim=1, keepdim=True)
 
 
-def _top_ids(raw_BV: Tensor, top_k: int) -> Tensor:
+def largest_ids(raw_BV: Tensor, top_k: int) -> Tensor:
     """Ids of the k largest logits, largest first, lower id first among equals, which torch.topk does not promise."""
     if raw_BV.dtype == torch.float64:
         return raw_BV.sort(dim=1, descending=True, stable=True).indices[:, :top_k]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import fastlatent_kernels._C as _C
 from fastlatent_kernels.native import LIBRARY, empty_rows, run_rows, why_not_cpu
+from fastlatent_kernels.token_logprob import head_logits
 from fastlatent_kernels.vocab_head import VocabHead, vocab_head
 
 LIBRARY.define("vocab_rows(Tensor logits, float temperature, Tensor seed, Tensor counter, bool greedy, "
@@ -43,7 +44,10 @@ def _supports(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed
 @vocab_head.backend("native", supports=_supports)
 @torch.no_grad()
 def _run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
-    logits_BV = hidden_BD @ weight_VD.to(hidden_BD.dtype).t()
+    if weight_VD.is_mkldnn:
+        logits_BV = head_logits(hidden_BD, weight_VD)
+    else:
+        logits_BV = hidden_BD @ weight_VD.to(hidden_BD.dtype).t()
     unit_p_dtype = None if embed_VD is None else embed_VD.dtype
     token_B, logprob_B, entropy_B, unit_p_BV = torch.ops.fastlatent.vocab_rows(
         logits_BV, temperature, seed, counter_B3, greedy, unit_p_dtype)

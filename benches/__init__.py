@@ -10,5 +10,4 @@
 import os
 
 # before torch starts its threads, and as fastlatent.train sets them: a benchmark runs the way training does
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")

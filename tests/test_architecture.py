@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from fastlatent_kernels import OPS
+
 from fastlatent import helptext, metrics
 from fastlatent.config import family, member_schema
 from fastlatent.schema import FAMILIES, Config
@@ -84,6 +86,18 @@ def test_kernels_import_torch_and_their_backends_but_never_the_trainer():
 def test_nothing_numeric_of_an_op_lives_in_the_trainer():
     assert {shown(path): found for path in TRAINER if (found := names(path) & NUMERIC)} == {}
     assert {name for path in KERNELS for name in names(path)} & NUMERIC >= {"logsumexp", "topk"}
+
+
+WAITING = {
+    "topk_gumbel": "Latent-GRPO, not written", "gaussian_reparam": "methods with a Gaussian latent, not written",
+    "hrpo_gate_decode": "an engine with one fixed input buffer, not written"}
+"""Ops that nothing in the trainer calls, and what they wait for."""
+
+
+def test_the_trainer_uses_every_op_that_does_not_wait_for_something():
+    used = {node.func.id for path in TRAINER for node in ast.walk(tree(path))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert set(OPS) - used == set(WAITING)
 
 
 # ---- safety ---------------------------------------------------------------------------------------------------------

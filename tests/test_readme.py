@@ -110,7 +110,8 @@ def test_commands_name_modules_and_recipes_that_exist():
     modules = set(re.findall(r"python -m ([\w.]+)", TEXT)) - {"fastlatent.train"}
     assert len(modules) >= 6
     for module in modules:
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        path = module.replace(".", "/")
+        assert any((ROOT / place).is_file() for place in (f"{path}.py", f"kernels/{path}/__main__.py")), module
     assert set(re.findall(r"python -m fastlatent\.train (\w+)", TEXT)) <= set(recipes())
 
 

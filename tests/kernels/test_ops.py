@@ -23,11 +23,19 @@ def label(op, backend, shape, *rest) -> str:
     return "-".join(map(str, (op.name, backend, *(f"{k}{v}" for k, v in shape.items()), *rest)))
 
 
+def takes_a_minute(backend: str, shape: dict[str, int]) -> bool:
+    """Whether Triton's interpreter would: a whole vocabulary times a width; other backends take such a shape, too."""
+    is_interpreted = backend == "triton" and not torch.cuda.is_available()
+    return is_interpreted and shape.get("V", 0) * shape.get("D", 0) > 2**19
+
+
 def cases():
     for op in OPS.values():
         for shape in cases_of(op).TEST_SHAPES:
             for dtype in DTYPES:
                 for backend in (*op.order, "reference"):
+                    if takes_a_minute(backend, shape):
+                        continue
                     yield pytest.param(op, shape, backend, dtype, id=label(op, backend, shape, dtype))
 
 
@@ -117,6 +125,8 @@ def assert_close_to_float64(op, inputs, backend, dtype, scale: float = 1) -> Non
     assert got.keys() == plain.keys() == exact.keys()
     alike = same_token_rows(got, plain, exact)
     for name, value in got.items():
+        if name == "token_B":
+            continue
         if not value.is_floating_point():
             assert torch.equal(value, plain[name]), f"{name} differs from the reference's"
             continue
@@ -141,11 +151,16 @@ def assert_close_to_float64(op, inputs, backend, dtype, scale: float = 1) -> Non
 
 
 def same_token_rows(got, plain, exact):
-    """Rows whose token float64 draws too: rounding may decide a near tie between two tokens, but seldom."""
+    """Rows for which backend, reference and float64 draw one token.
+
+    Rounding may decide a near tie between two tokens, and a backend need not round where the reference does: its token is
+    that of one of the other two.
+    """
     if "token_B" not in got:
         return None
-    assert torch.equal(got["token_B"], plain["token_B"])
-    alike = got["token_B"] == exact["token_B"]
+    ours, plains, exacts = got["token_B"], plain["token_B"], exact["token_B"]
+    assert bool(((ours == plains) | (ours == exacts)).all())
+    alike = (ours == plains) & (ours == exacts)
     assert alike.float().mean() > 0.6
     return alike
 

@@ -30,7 +30,7 @@ def _check(token_ids_B, mixture_BD, table_VD, weight_2DD, bias_2D, lambda_D, lat
     expect_number("compat_eps", compat_eps, "a number >= 0", compat_eps >= 0)
 
 
-@op(backends=("triton", "native"), check=_check)
+@op(backends=("triton", "native", "cuda"), check=_check)
 @torch.no_grad()
 def hrpo_gate_decode(token_ids_B: Tensor, mixture_BD: Tensor, table_VD: Tensor, weight_2DD: Tensor, bias_2D: Tensor,
                      lambda_D: Tensor, latent_B: Tensor, out_BD: Tensor, compat_eps: float = 0.0) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# none of these draws hangs on a near tie: a CPU's bfloat16 GEMM rounds the reference's logits, not every backend's
-TEST_SHAPES = [{"B": 1, "D": 1, "V": 1}, {"B": 3, "D": 65, "V": 131, "mixture": 1}, {"B": 35, "D": 72, "V": 1000},
-               {"B": 32, "D": 64, "V": 1024, "mixture": 1, "greedy": 1}, {"B": 5, "D": 16, "V": 2400, "mixture": 1}]
+TEST_SHAPES = [{"B": 1, "D": 1, "V": 1}, {"B": 3, "D": 65, "V": 131, "mixture": 1}, {"B": 33, "D": 64, "V": 1000},
+               {"B": 32, "D": 64, "V": 1024, "mixture": 1, "greedy": 1}, {"B": 5, "D": 16, "V": 2400, "mixture": 1},
+               {"B": 5, "D": 16, "V": 49152, "mixture": 1}]
 BENCH_SHAPES = [{"B": b, "D": 576, "V": 49152, "mixture": m} for b in (1, 16, 64) for m in (0, 1)]
 
 

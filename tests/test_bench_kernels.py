@@ -72,7 +72,7 @@ def test_a_shape_beyond_a_cpu_is_noted_and_never_made(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("words", "complaint"), [
     (["--op", "nope"], "--op: 'nope' is not one of clipped_surrogate"),
-    (["--backend", "cuda"], "--backend: 'cuda' is not one of"),
+    (["--backend", "nope"], "--backend: 'nope' is not one of"),
     (["--ncu", "hrpo_gate", "--device", "cpu"], "--ncu: Nsight Compute profiles CUDA kernels"),
     (["--ncu", "nope", "--device", "cpu"], "--ncu: 'nope' is not one of"),
     (["--model", "gpt-5"], "invalid choice"), (["--quick", "--model", "qwen2.5-1.5b"], "not allowed with"),

@@ -7,7 +7,7 @@ import torch
 from fastlatent_kernels import clipped_surrogate, token_logprob
 from fastlatent_kernels.clipped_surrogate import STATS
 from fastlatent_kernels.policy_gradient_head import policy_gradient_head
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Watch
 
 CLIP = dict(clip_low=0.2, clip_high=0.28)
 EVERYTHING = CLIP | dict(temperature=0.7, dual_clip=1.4, kl_coef=0.2, kl_estimator="k3", entropy_coef=0.05)
@@ -132,22 +132,6 @@ def test_no_rows_are_fine():
     args = arguments(A=0)
     out = with_gradients(policy_gradient_head, args, EVERYTHING)
     assert out[0] == 0 and not out[1].any() and out[2].shape == out[3].shape == (0,) and not out[5].any()
-
-
-class Watch(TorchDispatchMode):
-    """Sizes of everything made, and how many matrix products made it."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.products = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return out
 
 
 @pytest.mark.parametrize("A", [512, 1500])

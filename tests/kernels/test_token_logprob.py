@@ -4,7 +4,7 @@ import pytest
 import torch
 from fastlatent_kernels import token_logprob
 from fastlatent_kernels.token_logprob import head_logits
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Watch
 
 
 def plain(hidden_AD, weight_VD, target_A, temperature):
@@ -76,22 +76,6 @@ def test_several_targets_a_row_are_each_on_its_own(backend):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5)
 
 
-class Watch(TorchDispatchMode):
-    """Sizes of everything made, and how many matrix products made it."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.products = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("A", [512, 1500])
 def test_nothing_of_a_quarter_of_the_logits_ever_exists(A):
     hidden, weight, target = inputs(A, 8, 1000, torch.float32)
@@ -123,3 +107,9 @@ def test_head_logits_are_float32_without_gradient():
     assert logits.dtype == torch.float32 and not logits.requires_grad
     torch.testing.assert_close(logits, hidden @ weight.t(), rtol=0.05, atol=0.05)
     assert torch.equal(head_logits(hidden, weight), hidden @ weight.t())
+
+
+def test_head_logits_take_a_prepacked_weight():
+    hidden, weight, _ = inputs(5, 8, 40, torch.float32)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    torch.testing.assert_close(head_logits(hidden, packed), hidden @ weight.t())

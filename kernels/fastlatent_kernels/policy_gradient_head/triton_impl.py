@@ -13,14 +13,7 @@ from fastlatent_kernels.clipped_surrogate.triton_impl import NUM_STATS, kernel_o
 from fastlatent_kernels.library import LIBRARY
 from fastlatent_kernels.policy_gradient_head import policy_gradient_head, run_head
 from fastlatent_kernels.token_logprob.triton_impl import (
-    NUM_WARPS,
-    QWEN,
-    block_size,
-    grad_view,
-    read_row,
-    target_logit,
-    write_row,
-)
+    NUM_WARPS, QWEN, block_size, grad_view, read_row, target_logit, write_row)
 from fastlatent_kernels.triton_support import why_not_triton
 
 

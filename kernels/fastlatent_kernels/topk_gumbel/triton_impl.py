@@ -14,18 +14,7 @@ from fastlatent_kernels.noise import STREAM_LATENT, TILE_SIZE
 from fastlatent_kernels.topk_gumbel import ClippedGumbel, TopkGumbel, topk_gumbel
 from fastlatent_kernels.topk_gumbel.candidates import candidates_kernel
 from fastlatent_kernels.topk_mixture.row_topk import (
-    NO_KEY,
-    TILE,
-    TILES_PER_CHUNK,
-    best_tiles,
-    id_of,
-    key_of,
-    largest_keys,
-    load_logits,
-    padded,
-    row_tiles,
-    value_of,
-)
+    NO_KEY, TILE, TILES_PER_CHUNK, best_tiles, id_of, key_of, largest_keys, load_logits, padded, row_tiles, value_of)
 from fastlatent_kernels.triton_support import gumbel, noise_row, why_not_triton
 
 NOISE = tl.constexpr(STREAM_LATENT)

@@ -131,7 +131,8 @@ struct GumbelRow {
     constexpr int n = 16;
     TopK best(args.top_k);
     const float last = likeliest.logit[args.top_k - 1], temperature = 1 / args.inv_temperature;
-    const float width = args.scale * (args.high - args.low);
+    // 0 times an infinite width is 0 here
+    const float width = args.scale > 0 ? args.scale * (args.high - args.low) : 0;
     // noise lies in an interval; the rest is room for rounding, for what is kept beyond need still has to win
     const float least = last == -kInfinity ? last
         : last - width * temperature - 1e-5f * (fabsf(likeliest.logit[0]) + fabsf(last) + (16 + width) * temperature);

@@ -18,6 +18,6 @@ from fastlatent_kernels.vocab_head import VocabHead, vocab_head
 
 __all__ = [
     "OPS", "BackendUnavailable", "ClippedGumbel", "GaussianReparam", "PolicyGradient", "Surrogate", "TopkGumbel",
-    "TopkMixture", "VocabHead", "clipped_surrogate", "gaussian_reparam", "group_advantage", "hrpo_gate", "hrpo_gate_decode",
-    "policy_gradient_head", "soft_embedding", "token_logprob", "topk_gumbel", "topk_mixture", "use_backend",
-    "vocab_head"]
+    "TopkMixture", "VocabHead", "clipped_surrogate", "gaussian_reparam", "group_advantage", "hrpo_gate",
+    "hrpo_gate_decode", "policy_gradient_head", "soft_embedding", "token_logprob", "topk_gumbel", "topk_mixture",
+    "use_backend", "vocab_head"]

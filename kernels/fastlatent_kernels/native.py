@@ -22,7 +22,8 @@ def empty_rows(logits_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Empty token_B, logprob_B and entropy_B; storages of their own, for outputs of an operator may not alias."""
     num_rows, device = logits_BV.shape[0], logits_BV.device
     token_B = torch.empty(num_rows, dtype=torch.int64, device=device)
-    return token_B, torch.empty(num_rows, device=device), torch.empty(num_rows, device=device)
+    logprob_B, entropy_B = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
+    return token_B, logprob_B, entropy_B
 
 
 def run_rows(kernel, arguments, isa: str, *, logits: Tensor, temperature: float, counter: Tensor, **fields) -> None:
@@ -35,7 +36,7 @@ def run_rows(kernel, arguments, isa: str, *, logits: Tensor, temperature: float,
     logits, counter = logits.contiguous(), counter.contiguous()
     num_rows, vocab_size = logits.shape
     num_threads = max(1, min(torch.get_num_threads(), num_rows))
-    scratch = torch.empty(num_threads, _C.scratch_floats(vocab_size))
+    scratch = torch.empty(num_threads, _C.scratch_floats(vocab_size), dtype=torch.float32)
     fields |= {"logits": logits, "logits_bf16": logits.dtype == torch.bfloat16, "rows": num_rows, "vocab": vocab_size,
                "inv_temperature": 1.0 / temperature, "counter": counter, "scratch": scratch, "threads": num_threads}
     for name, value in fields.items():

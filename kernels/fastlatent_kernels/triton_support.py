@@ -24,6 +24,8 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
         return "triton takes float32, bfloat16 and float16 tensors"
     if not INTERPRETED and any(not t.is_cuda for t in given):
         return "triton takes CUDA tensors; TRITON_INTERPRET=1 runs it on a CPU, for tests"
+    if not INTERPRETED and any(t.get_device() != torch.cuda.current_device() for t in given):
+        return "triton takes tensors of the current CUDA device"  # on which it launches whatever the tensors' is
     return None
 
 

@@ -42,7 +42,8 @@ SETTINGS = [  # V, spread of the logits, temperature, top_k, top_p, noise
     (131, 6.0, 0.6, 5, 0.95, ClippedGumbel(shift=0.0)), (129, 2.0, 1.3, 1, 0.5, ClippedGumbel(scale=0.3)),
     (128, 1.0, 1.0, 64, 0.3, ClippedGumbel()), (100, 4.0, 1.0, 3, 0.99, ClippedGumbel(-0.2, 0.4, 0.0, 2.0)),
     (90, 2.0, 1.0, 10, 1.0, ClippedGumbel(-30.0, 30.0, 0.0)), (64, 8.0, 2.0, 20, 0.05, ClippedGumbel()),
-    (257, 0.0, 1.0, 10, 0.2, ClippedGumbel()), (40, 3.0, 1.0, 40, 0.9, ClippedGumbel(scale=0.0))]
+    (257, 0.0, 1.0, 10, 0.2, ClippedGumbel()), (40, 3.0, 1.0, 40, 0.9, ClippedGumbel(scale=0.0)),
+    (90, 3.0, 1.0, 10, 0.9, ClippedGumbel(-float("inf"), float("inf"), 0.0, 0.0))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # in bfloat16 many logits are equal

@@ -38,6 +38,8 @@ def _backward(inputs, gradients, d_mean_TD, d_logvar_TD) -> None:
 def _supports(mean_TD, logvar_TD, free_bits=0.0, *, seed=None, counter_T3=None, eps_TD=None, z_TD=None) -> str | None:
     if not mean_TD.is_cuda:
         return "cuda takes CUDA tensors"
+    if mean_TD.get_device() != torch.cuda.current_device():
+        return "cuda takes tensors of the current CUDA device"
     dtypes = {x.dtype for x in (mean_TD, logvar_TD, eps_TD, z_TD) if x is not None}
     if len(dtypes) > 1 or mean_TD.dtype not in DTYPES:
         return "cuda takes float32 or bfloat16 tensors, all of one dtype"

@@ -25,7 +25,7 @@ def _backward(grad_TD, u_T2D, token_TD, mixture_TD, bias_2D, lambda_D, latent_T,
               du_T2D, dtoken_TD, dmixture_TD, isa: str = "") -> Tensor:
     T, D = token_TD.shape
     chunk_rows = max(_LEAST_CHUNK, -(-T // _MOST_CHUNKS))
-    partial_C3D = torch.empty(-(-T // chunk_rows), 3, D)
+    partial_C3D = torch.empty(-(-T // chunk_rows), 3, D, dtype=torch.float32)
     wanted = {"dtoken": dtoken_TD, "dmixture": dmixture_TD}
     _call(_C.hrpo_gate_backward, _C.HrpoGateBackward(), isa, u=u_T2D, token=token_TD, mixture=mixture_TD,
           bias=bias_2D.float(), log_scale=_log_scale(lambda_D), latent=latent_T, compat_eps=compat_eps, grad=grad_TD,

@@ -48,7 +48,7 @@ def register(backend: str, devices: tuple[str, ...], forward: Callable[..., None
 
     @torch.library.register_fake(f"fastlatent::{name}_backward", lib=LIBRARY)
     def _(grad, u, token, mixture, bias, lamb, latent, compat_eps, wants_token, wants_mixture):
-        sums_3D = torch.empty(3, token.shape[1], device=token.device)
+        sums_3D = torch.empty(3, token.shape[1], dtype=torch.float32, device=token.device)
         return *_empty_gradients(u, token, mixture, wants_token, wants_mixture), sums_3D
 
     def differentiate(ctx, grad):

@@ -133,7 +133,7 @@ def _backward(grad_TD, u_T2D, token_TD, mixture_TD, bias_2D, lambda_D, latent_T,
     num_blocks = max(1, triton.cdiv(T, BLOCK_T))
     rows_per_program = triton.cdiv(num_blocks, _MOST_PARTIALS) * BLOCK_T
     num_programs = triton.cdiv(T, rows_per_program)
-    partial_P3D = torch.empty(num_programs, 3, D, device=token_TD.device)
+    partial_P3D = torch.empty(num_programs, 3, D, dtype=torch.float32, device=token_TD.device)
     _backward_kernel[num_programs, triton.cdiv(D, BLOCK_D)](
         grad_TD, u_T2D, token_TD, mixture_TD, bias_2D, lambda_D, latent_T, du_T2D, dtoken_TD, dmixture_TD, partial_P3D,
         T, D, rows_per_program, compat_eps, SCALE=DECAY_SCALE, WANTS_TOKEN=dtoken_TD is not None,

@@ -29,6 +29,8 @@ def _supports(token_ids_B, mixture_BD, table_VD, weight_2DD, bias_2D, lambda_D, 
               compat_eps=0.0) -> str | None:
     if not out_BD.is_cuda:
         return "cuda takes CUDA tensors"
+    if out_BD.get_device() != torch.cuda.current_device():
+        return "cuda takes tensors of the current CUDA device"
     if any(x.dtype != torch.bfloat16 for x in (table_VD, weight_2DD, out_BD)) or lambda_D.dtype != torch.float32:
         return "cuda takes a bfloat16 table, weight and output, and a float32 Lambda"
     return None if table_VD.shape[1] % 32 == 0 else "cuda takes widths that are multiples of 32"

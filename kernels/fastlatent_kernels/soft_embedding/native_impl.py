@@ -27,7 +27,7 @@ def forward(ids_NK, weight_NK, table_VD, out_ND, isa: str = "") -> None:
 
 def weight_gradient(grad_ND, ids_NK, table_VD, dweight_NK, isa: str = "") -> None:
     """Fill `dweight_NK`."""
-    out_NK = torch.empty(dweight_NK.shape)
+    out_NK = torch.empty(dweight_NK.shape, dtype=torch.float32)
     _call(_C.soft_embedding_weight_gradient, isa, ids_NK.numel(), ids=ids_NK.long(), table=table_VD, grad=grad_ND,
           out=out_NK, rows=len(ids_NK), mixed=ids_NK.shape[1], width=table_VD.shape[1],
           is_bf16=table_VD.dtype == torch.bfloat16)
@@ -45,7 +45,7 @@ def _call(kernel, isa: str, num_rows: int, *, width: int, **fields) -> None:
     """Fill the struct (csrc/structs.h) and run `kernel` on it, which reads or writes `num_rows` rows of `width`."""
     arguments = _C.SoftEmbedding()
     threads = max(1, min(torch.get_num_threads(), num_rows * width // _ELEMENTS_PER_THREAD))
-    fields |= {"width": width, "threads": threads, "scratch": torch.empty(threads, width)}
+    fields |= {"width": width, "threads": threads, "scratch": torch.empty(threads, width, dtype=torch.float32)}
     for name, value in fields.items():
         setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
     kernel(arguments, isa)

@@ -90,11 +90,12 @@ def _launch(logits_BV, temperature, top_k, top_p, noise, mixture_temperature, se
     num_tiles, num_chunks = tiles.largest_BC.shape[1], tiles.chunk_B3N.shape[2]
     floor_B, lse_B = torch.empty_like(likeliest_B), torch.empty_like(entropy_B)
     low, high, shift, scale = noise
+    width = scale * (high - low) if scale else 0.0  # 0 times an infinite width is 0 here
     # 0.01: a lower bound whatever is rounded
     log_rest = math.log((1 - top_p) / vocab_size) - 0.01 if top_p < 1 else 0.0
     candidates_kernel[(num_rows,)](
         logits_BV, tiles.largest_BC, tiles.chunk_B3N, floor_B, lse_B, likeliest_B, log_kept_B, num_candidates_B,
-        entropy_B, vocab_size, num_tiles, num_chunks, top_k, top_p, log_rest, scale * (high - low), temperature,
+        entropy_B, vocab_size, num_tiles, num_chunks, top_k, top_p, log_rest, width, temperature,
         SHIFT=SAME_BITS[logits_BV.dtype], NUCLEUS=top_p < 1, CHUNK=tiles.tiles_per_chunk * TILE_SIZE,
         NT=padded(num_tiles), NC=padded(num_chunks), KP=padded(top_k), num_warps=8 if top_k <= 32 else 16)
 
@@ -118,9 +119,9 @@ def winner_warps(top_k: int) -> int:
 def _empty_outputs(logits_BV, top_k):
     num_rows, device = logits_BV.shape[0], logits_BV.device
     ids_BK = torch.empty(num_rows, top_k, dtype=torch.int64, device=device)
-    score_BK, logprob_BK, weights_BK = (torch.empty(num_rows, top_k, device=device) for _ in range(3))
+    log_kept_B, entropy_B = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
+    score_BK, logprob_BK, weights_BK = (log_kept_B.new_empty(num_rows, top_k) for _ in range(3))
     likeliest_B, num_candidates_B = (torch.empty(num_rows, dtype=torch.int64, device=device) for _ in range(2))
-    log_kept_B, entropy_B = (torch.empty(num_rows, device=device) for _ in range(2))
     return ids_BK, score_BK, logprob_BK, weights_BK, likeliest_B, log_kept_B, num_candidates_B, entropy_B
 
 

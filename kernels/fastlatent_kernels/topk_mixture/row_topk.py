@@ -36,8 +36,8 @@ def row_tiles(logits_BV: Tensor, temperature: float) -> RowTiles:
     num_tiles = triton.cdiv(vocab_size, TILE_SIZE)
     tiles_per_chunk = min(TILES_PER_CHUNK, triton.next_power_of_2(num_tiles))
     num_chunks = triton.cdiv(num_tiles, tiles_per_chunk)
-    largest_BC = torch.empty(num_rows, num_tiles, device=logits_BV.device)
-    chunk_B3N = torch.empty(num_rows, 3, num_chunks, device=logits_BV.device)
+    largest_BC = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits_BV.device)
+    chunk_B3N = torch.empty(num_rows, 3, num_chunks, dtype=torch.float32, device=logits_BV.device)
     row_tiles_kernel[(num_rows, num_chunks)](
         logits_BV, largest_BC, chunk_B3N, vocab_size, num_tiles, num_chunks, 1.0 / temperature,
         TC=tiles_per_chunk, num_warps=4)

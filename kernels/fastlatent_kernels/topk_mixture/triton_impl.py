@@ -102,8 +102,8 @@ def _launch(logits_BV, temperature, top_k, top_p, seed, counter_B3, greedy):
 def _empty_outputs(logits_BV, top_k):
     num_rows, device = logits_BV.shape[0], logits_BV.device
     token_B, ids_BK = (torch.empty(size, dtype=torch.int64, device=device) for size in (num_rows, (num_rows, top_k)))
-    logprob_B, log_kept_B, entropy_B = (torch.empty(num_rows, device=device) for _ in range(3))
-    return token_B, logprob_B, log_kept_B, entropy_B, ids_BK, torch.empty(num_rows, top_k, device=device)
+    logprob_B, log_kept_B, entropy_B = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(3))
+    return token_B, logprob_B, log_kept_B, entropy_B, ids_BK, logprob_B.new_empty(num_rows, top_k)
 
 
 LIBRARY.impl("topk_mixture_triton", _launch, "CompositeExplicitAutograd")

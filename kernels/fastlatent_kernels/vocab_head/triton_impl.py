@@ -40,7 +40,7 @@ def _launch(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_V
     (B, D), V = hidden_BD.shape, weight_VD.shape[0]
     token_B, logprob_B, entropy_B, mixture_BD = out = _empty_outputs(hidden_BD, embed_VD)
     num_tiles = triton.cdiv(V, TILE_SIZE)
-    stats_BSC = torch.empty(B, NUM_STATS.value, num_tiles, device=hidden_BD.device)
+    stats_BSC = torch.empty(B, NUM_STATS.value, num_tiles, dtype=torch.float32, device=hidden_BD.device)
     # without a mixture nothing is kept, and any address will do
     exps_BI = stats_BSC if embed_VD is None else embed_VD.new_empty(B, num_tiles * TILE_SIZE)
 
@@ -64,7 +64,7 @@ def _mix(exps_BI: Tensor, stats_BSC: Tensor, embed_VD: Tensor, mixture_BD: Tenso
     # a function of the sizes alone: the rounding of a row's sums does not depend on its batch
     tiles_per_split = triton.cdiv(num_tiles, triton.cdiv(_MIX_PROGRAMS, grid[1]))
     num_splits = triton.cdiv(num_tiles, tiles_per_split)
-    part_SBE = torch.empty(num_splits, B, E, device=embed_VD.device)
+    part_SBE = torch.empty(num_splits, B, E, dtype=torch.float32, device=embed_VD.device)
     mix_kernel[*grid, num_splits](
         exps_BI, stats_BSC, embed_VD, part_SBE, B, V, E, num_tiles, tiles_per_split, **blocks, **options)
     sum_kernel[triton.cdiv(B * E, _SUM_BLOCK),](part_SBE, mixture_BD, B * E, num_splits, BLOCK=_SUM_BLOCK, num_warps=4)

@@ -56,6 +56,8 @@ class OurEngine:
 
         def draw(number: int) -> int:
             self.engine.span = self.spans[ends]
+            with self.engine.released():
+                pass  # it remembers the prompts it has read; generate reads them every time
             rollouts = self.engine.generate([replace(r, step=number) for r in requests], sampling)
             return sum(sum(r.acted) for r in rollouts)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-# before torch starts its threads: without any spinning a decode step takes a third longer, and with libgomp's own many
-# milliseconds of it beside a busy neighbour ten times as long
+# before torch starts its threads: without any spinning a decode step took about a third longer, and with libgomp's own
+# amount of it, beside a busy neighbour, ten times as long (two cores)
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from fastlatent.cli import parse_args, run_command  # noqa: E402

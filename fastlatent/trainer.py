@@ -111,7 +111,7 @@ class Trainer:
 
             with span("step"):
                 groups, samples, drawn = self._collect()
-                with span("update"):
+                with span("update"), self.engine.released():
                     result = self.update(groups, commit)
                 commit()
                 self.step += 1

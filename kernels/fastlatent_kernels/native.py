@@ -1,4 +1,4 @@
-"""What the native CPU backends share: the namespace of their torch operators, and how a row kernel is called."""
+"""What the native CPU backends share: what they take, and how a row kernel is called."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 import fastlatent_kernels._C as _C
-from fastlatent_kernels.library import LIBRARY  # noqa: F401  (the backends take it from here)
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -24,9 +24,8 @@ def label(op, backend, shape, *rest) -> str:
 
 
 def takes_a_minute(backend: str, shape: dict[str, int]) -> bool:
-    """Whether Triton's interpreter would: a whole vocabulary times a width; other backends take such a shape, too."""
-    is_interpreted = backend == "triton" and not torch.cuda.is_available()
-    return is_interpreted and shape.get("V", 0) * shape.get("D", 0) > 2**19
+    """Whether Triton's interpreter would, as such a shape says of itself; every other backend takes it."""
+    return backend == "triton" and not shape.get("interpret", 1) and not torch.cuda.is_available()
 
 
 def cases():
@@ -123,7 +122,7 @@ def assert_close_to_float64(op, inputs, backend, dtype, scale: float = 1) -> Non
     doubles = {name: value.double() if is_float(value) else value for name, value in inputs.items()}
     exact = run(op, doubles, "reference")
     assert got.keys() == plain.keys() == exact.keys()
-    alike = same_token_rows(got, plain, exact)
+    alike = same_token_rows(got, plain, exact, dtype)
     for name, value in got.items():
         if name == "token_B":
             continue
@@ -150,16 +149,16 @@ def assert_close_to_float64(op, inputs, backend, dtype, scale: float = 1) -> Non
         assert error <= allowed, f"{name}: {error:.3e} > {allowed:.3e}"
 
 
-def same_token_rows(got, plain, exact):
+def same_token_rows(got, plain, exact, dtype):
     """Rows for which backend, reference and float64 draw one token.
 
-    Rounding may decide a near tie between two tokens, and a backend need not round where the reference does: its token is
-    that of one of the other two.
+    Rounding may decide a near tie between two tokens. In float32 a backend's token is the reference's; in half precision,
+    where it need not round its logits as the reference does, the reference's or float64's.
     """
     if "token_B" not in got:
         return None
     ours, plains, exacts = got["token_B"], plain["token_B"], exact["token_B"]
-    assert bool(((ours == plains) | (ours == exacts)).all())
+    assert bool(((ours == plains) | ((ours == exacts) & (dtype != torch.float32))).all())
     alike = (ours == plains) & (ours == exacts)
     assert alike.float().mean() > 0.6
     return alike

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-TEST_SHAPES = [{"A": 1, "D": 1, "V": 2}, {"A": 7, "D": 65, "V": 131}, {"A": 70, "D": 32, "V": 300}]
+TEST_SHAPES = [{"A": 1, "D": 1, "V": 2}, {"A": 7, "D": 65, "V": 131}, {"A": 70, "D": 32, "V": 300},
+               {"A": 200, "D": 32, "V": 300, "interpret": 0}]
 BENCH_SHAPES = [{"A": a, "D": 576, "V": 49152} for a in (256, 2048)]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 TEST_SHAPES = [{"B": 1, "V": 1, "K": 1}, {"B": 3, "V": 131, "K": 64}, {"B": 9, "V": 1000, "K": 50, "top_p": 0.9},
-               {"B": 8, "V": 1024, "K": 7, "greedy": 1}, {"B": 3, "V": 49152, "K": 50}]
+               {"B": 8, "V": 1024, "K": 7, "greedy": 1}, {"B": 3, "V": 49152, "K": 50},
+               {"B": 33, "V": 1000, "K": 50, "top_p": 0.9, "interpret": 0},
+               {"B": 32, "V": 1024, "K": 7, "greedy": 1, "interpret": 0}]
 BENCH_SHAPES = [{"B": b, "V": 49152, "K": 50} for b in (1, 16, 64)]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 import fastlatent_kernels._C as _C
-from fastlatent_kernels.native import LIBRARY, empty_rows, run_rows, why_not_cpu
+from fastlatent_kernels.library import LIBRARY
+from fastlatent_kernels.native import empty_rows, run_rows, why_not_cpu
 from fastlatent_kernels.topk_mixture import TopkMixture, topk_mixture
 
 LIBRARY.define("topk_rows(Tensor logits, float temperature, int top_k, float top_p, Tensor seed, Tensor counter, "

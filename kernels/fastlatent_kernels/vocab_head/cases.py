@@ -6,7 +6,7 @@ import torch
 
 TEST_SHAPES = [{"B": 1, "D": 1, "V": 1}, {"B": 3, "D": 65, "V": 131, "mixture": 1}, {"B": 33, "D": 64, "V": 1000},
                {"B": 32, "D": 64, "V": 1024, "mixture": 1, "greedy": 1}, {"B": 5, "D": 16, "V": 2400, "mixture": 1},
-               {"B": 5, "D": 16, "V": 49152, "mixture": 1}]
+               {"B": 5, "D": 16, "V": 49152, "mixture": 1, "interpret": 0}]
 BENCH_SHAPES = [{"B": b, "D": 576, "V": 49152, "mixture": m} for b in (1, 16, 64) for m in (0, 1)]
 
 

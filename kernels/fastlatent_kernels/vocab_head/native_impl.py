@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import fastlatent_kernels._C as _C
-from fastlatent_kernels.native import LIBRARY, empty_rows, run_rows, why_not_cpu
+from fastlatent_kernels.library import LIBRARY
+from fastlatent_kernels.native import empty_rows, run_rows, why_not_cpu
 from fastlatent_kernels.token_logprob import head_logits
 from fastlatent_kernels.vocab_head import VocabHead, vocab_head
 

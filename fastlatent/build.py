@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from fastlatent_kernels.overview import choices
-from transformers import AutoModelForCausalLM
-from transformers.initialization import no_init_weights
 
 from fastlatent import models
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
-from fastlatent.policy import EmbeddingInDtype, Policy, compute_dtype, model_info
-from fastlatent.rollout.base import ENGINES, RolloutEngine, match
+from fastlatent.policy import Policy, compute_dtype
+from fastlatent.rollout.base import ENGINES, EngineParts, RolloutEngine, match
 from fastlatent.rollout.thinking import ThinkingSpan, eos_ids
 from fastlatent.schema import Config
 from fastlatent.supported import check_supported
@@ -73,15 +73,12 @@ def engine(config: Config, policy: Policy, tokenizer) -> RolloutEngine:
     member = ENGINES.find(config.engine.name, "engine.name")
     method = METHODS.find(config.method.name, "method.name")
     match(method, config.engine.name, member.capabilities)
-    dtype, device = policy.dtype, policy.device
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(policy.base.config, dtype=dtype).to(device)
-    model.tie_weights()
-    info = model_info(model, config.model, dtype)
-    own = method(config.method, info, EmbeddingInDtype(model.get_input_embeddings(), dtype)).to(device)
+    info, device = policy.method.model, policy.device
     span = ThinkingSpan(tokenizer, info.vocab_size, eos_ids(tokenizer, policy.base.generation_config), config.thinking,
                         config.answer, device)
-    return member(config.engine, model, own, span, config.seed)
+    return member.build(config.engine, EngineParts(
+        model=policy.base.config, dtype=policy.dtype, device=device, method=partial(method, config.method, info), span=span,
+        seed=config.seed, max_prompt_tokens=config.chat.max_prompt_tokens, max_new_tokens=config.sampling.max_new_tokens))
 
 
 def check_engine(config: Config) -> None:

@@ -113,6 +113,7 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
     position: list[int] = []
     latent: list[bool] = []
     score: list[int] = []
+    sequence: list[int] = []
     fields: dict[str, list] = {name: [] for name in ("target", "logprob", "advantage", "weight")}
     traces: list[tuple[int, LatentTrace]] = []
 
@@ -121,7 +122,7 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
         position.extend(range(first_position, first_position + len(ids)))
         latent.extend(is_latent)
 
-    for item in items:
+    for index, item in enumerate(items):
         rollout, prompt = item.rollout, item.rollout.request.prompt.token_ids
         P, C = len(prompt), len(rollout.token_ids)
         segment, last = prompt_at.get(item.prompt_id, (None, None)) if share_prompts else (None, None)
@@ -140,6 +141,7 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
             prefixes.append(segment)
         acted = [k for k in range(C) if rollout.acted[k]]
         score += [start + k - 1 if k else last for k in acted]  # token k is predicted by the place before it
+        sequence += [index] * len(acted)
         fields["target"] += [rollout.target_ids[k] for k in acted]
         fields["logprob"] += [rollout.logprobs[k] for k in acted]
         fields["advantage"] += [item.advantage] * len(acted)
@@ -150,7 +152,7 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
     batch = Batch(
         token_ids_T=torch.tensor(token_ids), position_T=torch.tensor(position), latent_T=torch.tensor(latent),
         record_T=None, varlen=varlen(lengths, prefixes if share_prompts and any(p is not None for p in prefixes) else None),
-        score_A=torch.tensor(score), target_A=torch.tensor(fields["target"]),
+        score_A=torch.tensor(score), sequence_A=torch.tensor(sequence), target_A=torch.tensor(fields["target"]),
         behaviour_logprob_A=torch.tensor(fields["logprob"], dtype=torch.float32),
         advantage_A=torch.tensor(fields["advantage"], dtype=torch.float32),
         weight_A=torch.tensor(fields["weight"], dtype=torch.float32), num_tokens=T).to(device)

@@ -126,6 +126,22 @@ class ObjectiveConfig:
 
 
 @dataclass(kw_only=True)
+class MismatchConfig:
+    correction: str = "none"
+    """What is done where engine and trainer disagree about a token: none, token_truncate, token_mask, sequence_truncate or
+    sequence_mask. Each token's loss is weighted by the importance ratio trainer / engine, of the token or of its whole
+    completion (their product: unbiased, but a long completion weighs next to nothing as soon as the difference leans to one
+    side); ratios outside the range are moved to its bound, or weigh 0. Anything but none costs a scoring pass."""
+    ratio_max: float = 3.0
+    """Upper end of that range, at least 1."""
+    ratio_min: float = 0.0
+    """Lower end of that range, 0 to 1."""
+    probe_tokens: int = 64
+    """Before training (or going on) draw this many tokens, score them with the trainer, and refuse to train where the
+    log-probabilities are apart; 0: no probe."""
+
+
+@dataclass(kw_only=True)
 class OptimConfig:
     lr: float = 1e-6
     """Learning rate of the model, or of its adapters."""
@@ -206,6 +222,7 @@ class Config:
     answer: AnswerConfig = field(default_factory=AnswerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -10,6 +10,7 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor
 
+from fastlatent import mismatch
 from fastlatent.advantages import has_variance
 from fastlatent.evaluation import Sample, accuracy
 from fastlatent.profiling import timings
@@ -103,7 +104,7 @@ def _update(result: UpdateResult) -> dict[str, float]:
            "clip_ratio/region_mean": (sums["clip_low"] + sums["clip_high"]) / count,
            "clip_ratio/dual_mean": sums["dual_clipped"] / count, "policy/approx_kl": sums["approx_kl"] / count,
            "policy/ratio_mean": sums["ratio"] / count}
-    return out | of_statistics(result.statistics)
+    return out | mismatch.summary(result.gaps) | of_statistics(result.statistics)
 
 
 def of_statistics(statistics: dict[str, Tensor]) -> dict[str, float]:

@@ -137,6 +137,7 @@ class Batch:
     record_T: dict[str, Tensor] | None  # record columns laid over the packed tokens; garbage-free zeros elsewhere
     varlen: Varlen
     score_A: Tensor  # int64 into T; siblings that share a packed prompt share its last place
+    sequence_A: Tensor  # int64, which completion of the batch each scored token belongs to; never descends
     target_A: Tensor  # int64
     behaviour_logprob_A: Tensor  # float32, as sampled at temperature T over the whole vocabulary
     advantage_A: Tensor  # float32

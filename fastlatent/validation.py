@@ -25,6 +25,7 @@ CHOICES = {
     "objective.advantage": ("z_score", "mean_only", "leave_one_out"),
     "objective.normalizer": ("token_mean", "sequence_mean", "constant"),
     "objective.kl_estimator": ("k1", "k2", "k3"),
+    "mismatch.correction": ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "optim.schedule": SCHEDULES,
     "log.live": ("auto", "plain", "quiet"),
     "resume": ("auto",),
@@ -36,6 +37,7 @@ AT_LEAST = {
     "thinking.max_tokens": 1, "answer.max_tokens": 1, "sampling.max_new_tokens": 1,
     "objective.advantage_eps": 0, "objective.constant_length": 0, "objective.kl_coef": 0, "objective.num_epochs": 1,
     "objective.num_minibatches": 1, "objective.max_filter_rounds": 0,
+    "mismatch.ratio_max": 1, "mismatch.ratio_min": 0, "mismatch.probe_tokens": 0,
     "optim.lr": 0, "optim.weight_decay": 0, "optim.max_grad_norm": 0, "optim.warmup_ratio": 0,
     "update.tokens_per_microbatch": 1, "update.max_bad_steps": 1,
     "eval.every": 0, "eval.num_prompts": 0, "eval.num_samples": 0,
@@ -48,8 +50,9 @@ ABOVE = {
 }
 
 AT_MOST = {
-    # step and sample share 32 bits of the noise counter, and the last step number is evaluation's
-    "num_steps": 2**16 - 2, "group_size": 2**16, "seed": 2**63 - 1, "sampling.top_p": 1, "objective.clip_low": 1, "optim.warmup_ratio": 1,
+    # step and sample share 32 bits of the noise counter; the last step numbers are the parity probe's and evaluation's
+    "num_steps": 2**16 - 2, "group_size": 2**16, "seed": 2**63 - 1, "sampling.top_p": 1, "objective.clip_low": 1, "mismatch.ratio_min": 1,
+    "optim.warmup_ratio": 1,
 }
 
 

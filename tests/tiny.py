@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
+    LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
     Qwen3ForCausalLM)
 
 from fastlatent.methods.base import METHODS
-from fastlatent.policy import EmbeddingInDtype, Policy, model_info
+from fastlatent.policy import Policy
+from fastlatent.rollout.base import EngineParts
 from fastlatent.rollout.hf_engine import HFEngine
 from fastlatent.rollout.thinking import ThinkingSpan, eos_ids
 from fastlatent.schema import AnswerConfig, ModelConfig, ThinkingConfig
@@ -87,12 +88,17 @@ def policy(method: str, *, family: str = "qwen2", dtype: str = "float32", is_tie
     return out
 
 
+def parts(policy_: Policy, thinking: ThinkingConfig, answer: AnswerConfig, *, seed: int = 7, max_new: int = 32) -> EngineParts:
+    """What any engine for this policy is made from."""
+    info = policy_.method.model
+    span = ThinkingSpan(tokenizer(), info.vocab_size, eos_ids(tokenizer()), thinking, answer)
+    return EngineParts(model=policy_.base.config, dtype=policy_.dtype, device=policy_.device,
+                       method=functools.partial(type(policy_.method), policy_.method.config, info), span=span, seed=seed,
+                       max_prompt_tokens=64, max_new_tokens=max_new)
+
+
 def engine(policy_: Policy, thinking: ThinkingConfig, answer: AnswerConfig, *, seed: int = 7, **options) -> HFEngine:
     """An engine of its own for a policy, with its weights loaded as version 0."""
-    base = AutoModelForCausalLM.from_config(policy_.base.config, dtype=policy_.dtype)
-    own = type(policy_.method)(policy_.method.config, model_info(base, policy_.config, policy_.dtype),
-                               EmbeddingInDtype(base.get_input_embeddings(), policy_.dtype))
-    span = ThinkingSpan(tokenizer(), base.config.vocab_size, eos_ids(tokenizer()), thinking, answer)
-    out = HFEngine(HFEngine.Config(**options), base, own, span, seed)
+    out = HFEngine.build(HFEngine.Config(**options), parts(policy_, thinking, answer, seed=seed))
     out.load_weights(policy_.published(), 0)
     return out

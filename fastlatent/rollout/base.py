@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from fastlatent.errors import UserError
 from fastlatent.methods.base import Method
 from fastlatent.registry import Family
+from fastlatent.rollout.thinking import ThinkingSpan
 from fastlatent.types import Capability, Request, Rollout, Sampling
 
 ENGINES = Family("fastlatent.rollout", "engine")
@@ -23,11 +26,28 @@ class EngineConfig:
     """Which engine: a member of fastlatent.rollout or a dotted path."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What an engine is made from. Its weights are its own and arrive with the first `load_weights`."""
+
+    model: PretrainedConfig  # the architecture
+    dtype: torch.dtype  # of its weights and activations
+    device: torch.device
+    method: Callable[[Callable[[Tensor], Tensor]], Method]  # a new instance, given the embedding of the engine's own model
+    span: ThinkingSpan
+    seed: int  # of every random number
+    max_prompt_tokens: int
+    max_new_tokens: int
+
+
 class RolloutEngine(Protocol):
     """Draws completions. It knows no method by name: it calls record_spec, start, decide and embed of whatever it was given."""
 
     capabilities: frozenset[Capability]
     method: Method  # the engine's own instance; its weights arrive through load_weights under `method.`
+
+    @classmethod
+    def build(cls, config: EngineConfig, parts: EngineParts) -> RolloutEngine: ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """One rollout per request, in request order."""

@@ -11,17 +11,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from fastlatent_kernels import topk_mixture, vocab_head
-from fastlatent_kernels.token_logprob import head_logits
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from fastlatent import attention
 from fastlatent.errors import UserError
-from fastlatent.methods.base import Decision, Method, StepView
+from fastlatent.methods.base import Method
 from fastlatent.packing import varlen
+from fastlatent.policy import EmbeddingInDtype
 from fastlatent.profiling import span
-from fastlatent.rollout.base import ENGINES, EngineConfig
+from fastlatent.rollout.base import ENGINES, EngineConfig, EngineParts
 from fastlatent.rollout.buffers import Buffers
+from fastlatent.rollout.draw import look, settle
 from fastlatent.rollout.prepack import is_supported, prepack
 from fastlatent.rollout.thinking import ThinkingSpan
 from fastlatent.types import Capability, Request, Rollout, Sampling
@@ -90,6 +92,14 @@ class HFEngine:
         self.version = -1
         self._prefilled: Prefill | None = None  # the latest, in case the same prompts come again
         self._step = torch.compile(self.step, fullgraph=True, dynamic=False) if config.compile else self.step
+
+    @classmethod
+    def build(cls, config: Config, parts: EngineParts) -> HFEngine:
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(parts.model, dtype=parts.dtype).to(parts.device)
+        model.tie_weights()
+        method = parts.method(EmbeddingInDtype(model.get_input_embeddings(), parts.dtype)).to(parts.device)
+        return cls(config, model, method, parts.span, parts.seed)
 
     # ---- weights -------------------------------------------------------------------------------------------------------
 
@@ -197,39 +207,13 @@ class HFEngine:
 
     def draw(self, rows: Rows, hidden_BD: Tensor, buffers: Buffers, sampling: Sampling) -> None:
         """Draw a token from each hidden state, let the method decide, write down what happened, make the next input."""
-        view = self._head(rows, hidden_BD, sampling)
-        live_B = ~rows.span["done"]
-        drawn_B = view.token_B
-        advance = self.span.advance(drawn_B, rows.span)
-        view.read_B, view.thinking_B = advance.read_B, advance.thinking_B
-        decision: Decision = self.method.decide(view, rows.state)
-        read_B = advance.read_B if decision.token_B is None else decision.token_B
-        acted_B = advance.acted_B if decision.acted_B is None else advance.acted_B & decision.acted_B
-        buffers.write(rows.slot_B, rows.time_B, live_B, view, advance, decision, read_B, acted_B)
-        rows.input_BD = self.method.embed(read_B, decision.latent_B, decision.record or None).to(self.dtype)
-
-    def _head(self, rows: Rows, hidden_BD: Tensor, sampling: Sampling) -> StepView:
         lm_head = self.model.lm_head
         weight_VD = lm_head.packed if self.packed_layers else lm_head.weight
         counter_B3 = torch.cat([rows.time_B[:, None], rows.counter_B2], dim=1)
-        needs, extra = self.method.needs, {}
-        if sampling.is_truncated or Capability.LOGITS in needs:
-            logits_BV = head_logits(hidden_BD, weight_VD)
-            extra["logits_BV"] = logits_BV
-        if sampling.is_truncated:
-            head = topk_mixture(logits_BV, sampling.temperature, sampling.top_k, sampling.top_p, self.seed, counter_B3,
-                                sampling.greedy)
-            extra |= {"ids_BK": head.ids_BK, "weights_BK": head.weights_BK}
-            log_kept_B = head.log_kept_B
-        else:
-            table_VD = self.model.get_input_embeddings().weight if Capability.MIXTURE in needs else None
-            head = vocab_head(hidden_BD, weight_VD, sampling.temperature, self.seed, counter_B3, sampling.greedy, table_VD)
-            extra["mixture_BD"] = head.mixture_BD
-            log_kept_B = torch.zeros_like(head.logprob_B)
-        return StepView(
-            token_B=head.token_B, read_B=head.token_B, logprob_B=head.logprob_B, log_kept_B=log_kept_B,
-            entropy_B=head.entropy_B, hidden_BD=hidden_BD, thinking_B=rows.span["done"], seed=self.seed,
-            counter_B3=counter_B3, **extra)
+        view = look(hidden_BD, weight_VD, self.model.get_input_embeddings().weight, self.method.needs, sampling, self.seed,
+                    counter_B3)
+        read_B, decision = settle(view, self.span, rows.span, self.method, rows.state, buffers, rows.slot_B, rows.time_B)
+        rows.input_BD = self.method.embed(read_B, decision.latent_B, decision.record or None).to(self.dtype)
 
     def _drop(self, rows: Rows, done: list[bool], cache: attention.KVCache, buffers: Buffers, used: int) -> Rows:
         """Without the finished rows, once enough of them have gathered to pay for moving the others."""

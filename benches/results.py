@@ -66,10 +66,14 @@ def machine() -> dict[str, Any]:
 
 
 def git_state(root: Path = BASELINES.parents[1]) -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout at `root`, as in a run's manifest; new baselines make nothing dirty."""
+    """Commit and dirty flag of the checkout at `root`, as in a run's manifest; new baselines make nothing dirty.
+
+    Where git cannot tell, as in a copy without history, the commit is that of FASTLATENT_COMMIT, and `dirty` None.
+    """
     state = manifest.git_state(root / "fastlatent")
     if state is None:
-        return None
+        told = os.environ.get("FASTLATENT_COMMIT")
+        return {"commit": told, "dirty": None} if told else None
     command = ["git", "-C", str(root), "status", "--porcelain", "--", ".", ":(exclude)benches/baselines"]
     changed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
     return state | {"dirty": bool(changed)}

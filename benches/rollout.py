@@ -1,17 +1,19 @@
-"""Tokens per second of our hf engine, with plain tokens and with HRPO's latents, against transformers' `generate`.
+"""Tokens per second of our engines, with plain tokens and with HRPO's latents, against transformers' `generate`.
 
-    python -m benches.rollout [--engine hf,generate] [--mode discrete,latent] [--batch 32] [--threads N] [--model PATH]
+    python -m benches.rollout [--engine vllm,hf,generate] [--mode discrete,hrpo_topk,hrpo_full] [--batch 16,64]
+                              [--ends stops,equal,recipe] [--threads N] [--model PATH]
 
-Prompts, weights, dtype, temperature and the cap of 26 tokens are the quickstart's on both sides. Every case is drawn
+Prompts, weights, dtype, temperature and the cap of 26 tokens are the quickstart's on all sides. Every case is drawn
 for groups of 8 and for prompts that all differ, and ends in three ways (`ENDS`). Only drawn tokens count: no pads,
 nothing behind a stop, no forced text. `generate` runs as it comes: padded prompts, its own cache, every row carried
-along until the last one stops.
+along until the last one stops. `hrpo_topk` mixes the published 50 likeliest tokens, `hrpo_full` the whole vocabulary; the
+latter multiplies with the head's size twice, so its bound beside plain tokens is (body + head) / (body + 2 head).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -19,7 +21,7 @@ from benches import results, setting
 from benches.generate import Generate
 from benches.results import Result
 from benches.timing import Lap, interleave, seconds
-from fastlatent import build
+from fastlatent import build, models
 from fastlatent.cli import run_command
 from fastlatent.errors import UserError
 from fastlatent.rollout.thinking import ThinkingSpan, eos_ids, token_bytes
@@ -31,25 +33,30 @@ ENDS = {
     "equal": "nothing ends a row: all have as many tokens as the cap allows, on both sides",
     "recipe": "our rows end as the recipe says, with its forced answer; those of generate at an EOS",
 }
-ENGINES, MODES = ("hf", "generate"), tuple(setting.RECIPES)
+MODES = {"discrete": ("discrete",), "hrpo_topk": ("latent", "sampling.top_k=50", "model.freeze_embedding=true"), "hrpo_full": ("latent",)}
+"""The recipe of each mode, and what is different in it."""
+OURS = {"hf": ("engine.max_batch={batch}",), "vllm": ("engine.name=vllm", "engine.max_batch={batch}", "engine.max_batch_tokens=4096", "engine.kv_cache_gib=1")}
+ENGINES = (*OURS, "generate")
 GROUP_SIZE = 8
 
 Draw = Callable[[int], int]  # number of the round -> tokens drawn
 
 
 class OurEngine:
-    """The hf engine of one mode; `drawing` says how a case is drawn."""
+    """One engine of one mode; `drawing` says how a case is drawn."""
 
-    def __init__(self, mode: str, args, tokenizer):
-        self.config = setting.config(mode, args.model, f"engine.max_batch={args.batch}")
+    def __init__(self, engine: str, mode: str, args, tokenizer):
+        recipe, *overrides = MODES[mode]
+        overrides += [word.format(batch=max(args.batches)) for word in OURS[engine]]
+        self.config = setting.config(recipe, args.model, *overrides)
         self.engine = setting.engine(self.config, tokenizer)
         self.spans = {"recipe": self.engine.span}
         # the delimiter still ends the latents, but nothing is forced
         thinking = ThinkingConfig(end=self.config.thinking.end)
+        vocab_size, device = self.engine.method.model.vocab_size, build.device_of(self.config)
         for ends in ("stops", "equal"):
             stops = stop_ids(self.config, tokenizer, ends)
-            self.spans[ends] = ThinkingSpan(
-                tokenizer, self.engine.model.config.vocab_size, stops, thinking, AnswerConfig(), self.engine.device)
+            self.spans[ends] = ThinkingSpan(tokenizer, vocab_size, stops, thinking, AnswerConfig(), device)
 
     def drawing(self, requests: Sequence[Request], ends: str) -> Draw:
         sampling = build.sampling_of(self.config)
@@ -86,60 +93,90 @@ def stop_ids(config: Config, tokenizer, ends: str) -> list[int]:
 
 
 def measure(sides: dict[str, OurEngine | TheirGenerate], args, tokenizer) -> list[Result]:
+    out = []
+    for batch in args.batches:
+        out += _measure(sides, batch, args, tokenizer)
+    return out
+
+
+def _measure(sides: dict[str, OurEngine | TheirGenerate], batch: int, args, tokenizer) -> list[Result]:
     config = setting.config("discrete", args.model)
-    prompts = setting.prompts(config, tokenizer, args.batch)
+    prompts = setting.prompts(config, tokenizer, batch)
     fixed = setting.facts(config) | {"max_new_tokens": config.sampling.max_new_tokens}
     out = []
-    for group_size in sorted({GROUP_SIZE, 1}, reverse=True):
-        requests = [Request(p, 0, sample) for p in prompts[: args.batch // group_size] for sample in range(group_size)]
-        for ends in ENDS:
+    for group_size in sorted({GROUP_SIZE, 1} if batch % GROUP_SIZE == 0 else {1}, reverse=True):
+        requests = [Request(p, 0, sample) for p in prompts[: batch // group_size] for sample in range(group_size)]
+        for ends in args.ends:
             case = f"{len(requests) // group_size}x{group_size} {ends}"
             laps = interleave({name: side.drawing(requests, ends) for name, side in sides.items()}, args.rounds)
             facts = fixed | {"batch": len(requests), "group_size": group_size, "ends": ENDS[ends]}
-            out += [_result(case, name, laps, facts) for name in sides]
+            out += [_result(case, name, laps, facts, config) for name in sides]
             print("\n".join(_line(result) for result in out[-len(sides):]), flush=True)
     return out
 
 
-def _result(case: str, name: str, laps: dict[str, list[Lap]], facts: dict) -> Result:
-    own = laps[name]
+def bound(config: Config, mode: str) -> float:
+    """The most that a mode can reach of the speed of plain tokens, by its multiplications alone."""
+    if mode != "hrpo_full":
+        return 1.0
+    shape = models.skeleton(models.resolve_model(config.model.path), config.model.trust_remote_code)
+    head = shape.lm_head.weight.numel()
+    body = sum(p.numel() for p in shape.model.layers.parameters())
+    return (body + head) / (body + 2 * head)
+
+
+def _result(case: str, name: str, laps: dict[str, list[Lap]], facts: dict, config: Config) -> Result:
+    own, (engine, _, mode) = laps[name], name.partition("-")
     samples = {"rate_tok_s": [lap.rate for lap in own]} | seconds(own)
-    if "generate" in laps and name != "generate":
-        samples["speed_over_generate"] = [
-            lap.rate / theirs.rate for lap, theirs in zip(own, laps["generate"], strict=True)]
+    rivals = {"speed_over_generate": "generate", "speed_over_hf": f"hf-{mode}", "speed_over_discrete": f"{engine}-discrete"}
+    for metric, rival in rivals.items():
+        if rival in laps and rival != name and mode:
+            samples[metric] = [lap.rate / theirs.rate for lap, theirs in zip(own, laps[rival], strict=True)]
     facts = facts | {"mean_tokens": fmean(lap.work for lap in own)}
+    if mode:
+        facts["bound_over_discrete"] = round(bound(config, mode), 4)
     return Result(bench="rollout", case=case, variant=name, samples=samples, facts=facts)
 
 
 def _line(result: Result) -> str:
     metrics, (low, high) = result.metrics(), result.spread()["rate_tok_s"]
-    line = (f"{result.case:14s} {result.variant:12s} {metrics['rate_tok_s']:8.1f} tok/s [{low:.1f}, {high:.1f}] "
+    line = (f"{result.case:14s} {result.variant:14s} {metrics['rate_tok_s']:8.1f} tok/s [{low:.1f}, {high:.1f}] "
             f"{result.facts['mean_tokens']:7.1f} tokens {metrics['wall_s']:7.2f} s {metrics['cpu_s']:7.2f} CPU s")
-    return line + (f"  {metrics['speed_over_generate']:.2f} x generate" if "speed_over_generate" in metrics else "")
+    ratios = {name.removeprefix("speed_over_"): value for name, value in metrics.items() if name.startswith("speed_over_")}
+    return line + "".join(f"  {value:.2f} x {name}" for name, value in ratios.items())
 
 
-def _choices(flag: str, words: str, known: Sequence[str]) -> list[str]:
+def _choices(flag: str, words: str, known: Iterable[str]) -> list[str]:
     chosen = words.split(",")
     if odd := [word for word in chosen if word not in known]:
         raise UserError(f"--{flag}: {odd[0]!r} is not one of {', '.join(known)}")
     return [word for word in known if word in chosen]
 
 
+def _batches(words: str) -> list[int]:
+    try:
+        sizes = [int(word) for word in words.split(",")]
+    except ValueError:
+        raise UserError(f"--batch: wanted whole numbers with commas between them, got {words!r}") from None
+    if min(sizes) < 1:
+        raise UserError(f"--batch: wanted 1 or more, got {words}")
+    return sizes
+
+
 def main(argv: list[str]) -> None:
     parser = setting.parser("rollout", __doc__, rounds=7)
-    parser.add_argument("--engine", default=",".join(ENGINES), help="hf, generate or both (default: both)")
-    parser.add_argument("--mode", default=",".join(MODES), help="discrete, latent or both, for hf (default: both)")
-    parser.add_argument("--batch", type=int, default=32, metavar="B", help="rows, a multiple of 8 (default: 32)")
+    for flag, known, default in (("engine", ENGINES, "hf,generate"), ("mode", MODES, "discrete,hrpo_full"), ("ends", ENDS, ",".join(ENDS))):
+        parser.add_argument(f"--{flag}", default=default, help=f"any of {', '.join(known)} (default: {default})")
+    parser.add_argument("--batch", dest="batches", default="32", metavar="B", help="rows, several with commas; groups of 8 where it is a multiple (default: 32)")
     args = parser.parse_args(argv)
+    args.batches = _batches(args.batches)
     setting.apply(args)
     engines, modes = _choices("engine", args.engine, ENGINES), _choices("mode", args.mode, MODES)
-    if args.batch % GROUP_SIZE:
-        raise UserError(f"--batch: wanted a multiple of {GROUP_SIZE}, got {args.batch}")
+    args.ends = _choices("ends", args.ends, ENDS)
     machine = results.machine()
     tokenizer = build.tokenizer(setting.config("discrete", args.model))
-    sides: dict[str, OurEngine | TheirGenerate] = {}
-    if "hf" in engines:
-        sides |= {f"hf-{mode}": OurEngine(mode, args, tokenizer) for mode in modes}
+    sides: dict[str, OurEngine | TheirGenerate] = {
+        f"{engine}-{mode}": OurEngine(engine, mode, args, tokenizer) for engine in engines if engine in OURS for mode in modes}
     if "generate" in engines:
         sides["generate"] = TheirGenerate(args, tokenizer)
     found = measure(sides, args, tokenizer)

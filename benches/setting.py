@@ -36,8 +36,8 @@ def parser(name: str, doc: str, rounds: int) -> Parser:
 
 def apply(args: Namespace) -> None:
     """Check the shared arguments and set the number of threads."""
-    for name in ("threads", "rounds", "batch"):
-        value = getattr(args, name)
+    for name in ("threads", "rounds", "batch", "length", "tokens_per_microbatch"):
+        value = getattr(args, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name}: wanted 1 or more, got {value}")
     if args.threads is not None:

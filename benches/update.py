@@ -1,6 +1,7 @@
 """Seconds and memory of one policy update, ours and trl's, on the same completions.
 
     python -m benches.update [--batch 64] [--threads N] [--model PATH]
+    python -m benches.update --against none --length 480 --batch 32 --tokens-per-microbatch 20000
 
 The untrained quickstart model draws `--batch` completions with latents; an update is loss, backward, clip and a step
 of fused AdamW. `latent` learns from them as they were drawn, through the method's embedding; `discrete` and `trl`
@@ -9,6 +10,9 @@ advantage. Drawn tokens that the engine replaced are no actions on any side: trl
 drawn and what is read.
 
 Before anything is timed the gradient norms of `discrete` and `trl` are compared; where they differ nothing is timed.
+
+With `--length` nothing ends a completion before that many tokens, which is what training on long texts is like. On GPUs whose
+peak is known (benches/flops.py) our lines say which share of it the model's own operations were.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from benches import results, setting
+from benches import flops, results, setting
 from benches.memory import peak_bytes
 from benches.results import Result
 from benches.timing import Lap, interleave, seconds
@@ -31,7 +35,9 @@ from fastlatent import advantages, build
 from fastlatent.cli import run_command
 from fastlatent.errors import UserError
 from fastlatent.optim import Optimizer
-from fastlatent.schema import Config
+from fastlatent.policy import Policy
+from fastlatent.rollout.thinking import ThinkingSpan
+from fastlatent.schema import AnswerConfig, Config, ThinkingConfig
 from fastlatent.types import Group, Request, Rollout
 from fastlatent.update import Updater
 
@@ -41,10 +47,14 @@ NORM_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest relative difference of two gradient norms that are the same but for rounding."""
 
 
-def draw(config: Config, tokenizer, batch: int) -> list[Group]:
-    """Groups of completions of the recipe's engine, half of each rewarded."""
+def draw(config: Config, tokenizer, batch: int, is_endless: bool = False) -> list[Group]:
+    """Groups of completions of the recipe's engine, half of each rewarded; `is_endless`: each as long as it may be."""
     prompts = setting.prompts(config, tokenizer, batch // config.group_size)
     engine = setting.engine(config, tokenizer)
+    if is_endless:
+        # the delimiter still ends the latents, but nothing is forced
+        engine.span = ThinkingSpan(tokenizer, engine.model.config.vocab_size, [], ThinkingConfig(end=config.thinking.end),
+                                   AnswerConfig(), engine.device)
     requests = [Request(p, 0, sample) for p in prompts for sample in range(config.group_size)]
     rollouts = engine.generate(requests, build.sampling_of(config))
     for r in rollouts:
@@ -67,8 +77,7 @@ def without_latents(groups: Sequence[Group]) -> list[Group]:
     return [replace(group, rollouts=[plain(r) for r in group.rollouts]) for group in groups]
 
 
-def our_update(config: Config, groups: Sequence[Group]) -> Update:
-    policy = build.policy(config)
+def our_update(config: Config, groups: Sequence[Group], policy: Policy) -> Update:
     updater = Updater(policy, Optimizer(policy, config), config)
     return lambda: updater(groups).grad_norm
 
@@ -90,13 +99,15 @@ def _counting(update: Update, num_tokens: int) -> Callable[[int], int]:
 
 
 def _result(name: str, laps: dict[str, list[Lap]], peaks: dict[str, int | None], facts: dict) -> Result:
-    own, theirs = laps[name], laps["trl"]
+    own, theirs, peak_flop_s = laps[name], laps.get("trl"), flops.peak_flop_s()
     samples = seconds(own) | {"rate_tok_s": [lap.rate for lap in own]}
     if peaks[name] is not None:
         samples["peak_bytes"] = [float(peaks[name])]
-    if name != "trl":
+    if name != "trl" and peak_flop_s is not None:
+        samples["mfu_share"] = [facts["model_flops"] / lap.wall_s / peak_flop_s for lap in own]
+    if name != "trl" and theirs is not None:
         samples["speed_over_trl"] = [t.wall_s / o.wall_s for o, t in zip(own, theirs, strict=True)]
-    case = f"{facts['completions']} completions"
+    case = f"{facts['completions']} completions" + (f" of {facts['length']} tokens" if facts["length"] is not None else "")
     return Result(bench="update", case=case, variant=name, samples=samples, facts=facts)
 
 
@@ -105,27 +116,42 @@ def _line(result: Result) -> str:
     memory = f"{metrics['peak_bytes'] / 2**20:8.0f} MiB" if "peak_bytes" in metrics else "       ? MiB"
     line = f"{result.variant:10s} {metrics['wall_s']:7.3f} s [{low:.3f}, {high:.3f}] {metrics['cpu_s']:7.3f} CPU s"
     ratio = f"  {metrics['speed_over_trl']:.2f} x trl's speed" if "speed_over_trl" in metrics else ""
-    return f"{line} {memory}{ratio}"
+    share = f"  {metrics['mfu_share']:.1%} MFU" if "mfu_share" in metrics else ""
+    return f"{line} {memory}{ratio}{share}"
 
 
 def run(args, folder: Path) -> list[Result]:
-    from benches.trl_update import TrlUpdate  # heavy
-
-    discrete, latent = (setting.config(mode, args.model) for mode in ("discrete", "latent"))
+    more = [] if args.length is None else [f"sampling.max_new_tokens={args.length}"]
+    if args.tokens_per_microbatch is not None:
+        more.append(f"update.tokens_per_microbatch={args.tokens_per_microbatch}")
+    discrete, latent = (setting.config(mode, args.model, *more) for mode in ("discrete", "latent"))
     if args.batch % latent.group_size:
         raise UserError(f"--batch: wanted a multiple of {latent.group_size}, got {args.batch}")
     tokenizer = build.tokenizer(latent)
-    groups = draw(latent, tokenizer, args.batch)
+    groups = draw(latent, tokenizer, args.batch, args.length is not None)
     plain = without_latents(groups)
+    policy = build.policy(latent)
+    facts = setting.facts(latent) | _sizes(groups) | {
+        "length": args.length, "tokens_per_microbatch": latent.update.tokens_per_microbatch, "model_flops": _flops(policy, groups)}
     updates: dict[str, Update] = {
-        "latent": our_update(latent, groups), "discrete": our_update(discrete, plain),
-        "trl": TrlUpdate(discrete, tokenizer, plain, folder)}
+        "latent": our_update(latent, groups, policy), "discrete": our_update(discrete, plain, build.policy(discrete))}
+    if args.against == "trl":
+        from benches.trl_update import TrlUpdate  # heavy
+
+        updates["trl"] = TrlUpdate(discrete, tokenizer, plain, folder)
+        facts["trl"] = metadata.version("trl")
     norms = {name: update() for name, update in updates.items()}
-    check_same(norms["discrete"], norms["trl"], setting.dtype(discrete))
-    facts = setting.facts(latent) | {"trl": metadata.version("trl")} | _sizes(groups)
+    if "trl" in norms:
+        check_same(norms["discrete"], norms["trl"], setting.dtype(discrete))
     laps = interleave({n: _counting(update, facts["acted_tokens"]) for n, update in updates.items()}, args.rounds)
     peaks = {name: peak_bytes(update) for name, update in updates.items()}
     return [_result(name, laps, peaks, facts) for name in updates]
+
+
+def _flops(policy: Policy, groups: Sequence[Group]) -> float:
+    tables = {policy.base.get_input_embeddings().weight, policy.base.lm_head.weight}
+    num_body_weights = sum(p.numel() for p in policy.base.parameters() if p not in tables)
+    return flops.update_flops(policy.base.config, num_body_weights, [r for group in groups for r in group.rollouts])
 
 
 def _sizes(groups: Sequence[Group]) -> dict[str, int]:
@@ -140,6 +166,9 @@ def _sizes(groups: Sequence[Group]) -> dict[str, int]:
 def main(argv: list[str]) -> None:
     parser = setting.parser("update", __doc__, rounds=7)
     parser.add_argument("--batch", type=int, default=64, metavar="B", help="completions, in groups of 8 (default: 64)")
+    parser.add_argument("--against", choices=("trl", "none"), default="trl", help="the rival (default: trl)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of every completion (default: as the recipe ends them)")
+    parser.add_argument("--tokens-per-microbatch", type=int, metavar="N", help="default: the recipe's")
     args = parser.parse_args(argv)
     setting.apply(args)
     machine = results.machine()

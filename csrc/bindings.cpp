@@ -69,6 +69,37 @@ PYBIND11_MODULE(_C, m) {
   vocab_head.def_readwrite("unit_p_bf16", &VocabHead::unit_p_bf16);
   m.def("vocab_head", run(&CpuKernels::vocab_head));
 
+  py::class_<VocabHeadBf16> vocab_head_bf16(m, "VocabHeadBf16");
+  vocab_head_bf16.def(py::init<>())
+      .def_static("splits", &VocabHeadBf16::splits, "Pieces of a vocabulary of this size.");
+  address(vocab_head_bf16, "hidden", &VocabHeadBf16::hidden);
+  address(vocab_head_bf16, "weight", &VocabHeadBf16::weight);
+  address(vocab_head_bf16, "embed", &VocabHeadBf16::embed);
+  address(vocab_head_bf16, "seed", &VocabHeadBf16::seed);
+  address(vocab_head_bf16, "counter", &VocabHeadBf16::counter);
+  address(vocab_head_bf16, "token", &VocabHeadBf16::token);
+  address(vocab_head_bf16, "logprob", &VocabHeadBf16::logprob);
+  address(vocab_head_bf16, "entropy", &VocabHeadBf16::entropy);
+  address(vocab_head_bf16, "mixture", &VocabHeadBf16::mixture);
+  address(vocab_head_bf16, "sums", &VocabHeadBf16::sums);
+  address(vocab_head_bf16, "largest", &VocabHeadBf16::largest);
+  address(vocab_head_bf16, "part", &VocabHeadBf16::part);
+  vocab_head_bf16.def_readwrite("rows", &VocabHeadBf16::rows)
+      .def_readwrite("vocab", &VocabHeadBf16::vocab)
+      .def_readwrite("width", &VocabHeadBf16::width)
+      .def_readwrite("embed_width", &VocabHeadBf16::embed_width)
+      .def_readwrite("inv_temperature", &VocabHeadBf16::inv_temperature)
+      .def_readwrite("greedy", &VocabHeadBf16::greedy)
+      .def_readwrite("threads", &VocabHeadBf16::threads);
+  m.def("has_vocab_head_bf16", [] { return vocab_head_bf16_kernel() != nullptr; },
+        "Whether this processor takes vocab_head_bf16.");
+  m.def("vocab_head_bf16", [](const VocabHeadBf16& args) {
+    const VocabHeadBf16Kernel kernel = vocab_head_bf16_kernel();
+    if (!kernel) throw std::invalid_argument("vocab_head_bf16: this processor does not take it");
+    py::gil_scoped_release release;
+    kernel(args);
+  });
+
   auto topk_mixture = rows_type<TopkMixture>(m, "TopkMixture");
   address(topk_mixture, "log_kept", &TopkMixture::log_kept);
   address(topk_mixture, "ids", &TopkMixture::ids);

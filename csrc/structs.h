@@ -8,11 +8,15 @@ namespace fastlatent {
 // Ids in one tile of two-level sampling: part of the definition of a draw (noise.py), not a tuning knob.
 constexpr int kTileSize = 128;
 
-// Floats of scratch one thread needs for a row: the exponentials of the padded row and four sums per tile.
-constexpr int64_t scratch_floats(int64_t vocab) {
-  const int64_t tiles = (vocab + kTileSize - 1) / kTileSize;
-  return tiles * (kTileSize + 4);
+constexpr int64_t num_tiles(int64_t vocab) { return (vocab + kTileSize - 1) / kTileSize; }
+
+// Ids in a tile: the last one may have fewer.
+constexpr int64_t tile_size(int64_t tile, int64_t vocab) {
+  return vocab - tile * kTileSize < kTileSize ? vocab - tile * kTileSize : kTileSize;
 }
+
+// Floats of scratch one thread needs for a row: the exponentials of the padded row and four sums per tile.
+constexpr int64_t scratch_floats(int64_t vocab) { return num_tiles(vocab) * (kTileSize + 4); }
 
 struct Rows {
   const void* logits = nullptr;  // [rows, vocab], bfloat16 or float32
@@ -32,6 +36,32 @@ struct Rows {
 struct VocabHead : Rows {
   void* unit_p = nullptr;  // [rows, vocab], p / ||p||_2, bfloat16 or float32; null where no mixture is wanted
   bool unit_p_bf16 = false;
+};
+
+struct VocabHeadBf16 {  // the whole head; all matrices are bfloat16
+  const void* hidden = nullptr;   // [rows, width]
+  const void* weight = nullptr;   // [vocab, width]
+  const void* embed = nullptr;    // [vocab, embed_width], may be `weight`; null where no mixture is wanted
+  int64_t rows = 0, vocab = 0, width = 0, embed_width = 0;
+  float inv_temperature = 1;
+  const int64_t* seed = nullptr;     // one
+  const int64_t* counter = nullptr;  // [rows, 3], as in Rows
+  bool greedy = false;
+  int64_t* token = nullptr;   // [rows]
+  float* logprob = nullptr;   // [rows]
+  float* entropy = nullptr;   // [rows]
+  void* mixture = nullptr;    // [rows, embed_width]
+  float* sums = nullptr;      // scratch: [rows, 4, tiles]
+  float* largest = nullptr;   // scratch: [splits, rows]
+  float* part = nullptr;      // scratch: [splits, rows, embed_width rounded up to 32]
+  int32_t threads = 1;
+
+  // Pieces of the vocabulary whose mixtures are summed apart: as many whatever the rows and threads are, so that neither
+  // changes a row's rounding.
+  static constexpr int64_t tiles_per_split(int64_t vocab) { return (num_tiles(vocab) + 31) / 32; }
+  static constexpr int64_t splits(int64_t vocab) {
+    return (num_tiles(vocab) + tiles_per_split(vocab) - 1) / tiles_per_split(vocab);
+  }
 };
 
 struct TopkMixture : Rows {

@@ -54,9 +54,15 @@ def tokenizer(config: Config):
 
 
 def check_model(config: Config) -> None:
-    """Find out from its architecture alone whether the model can be trained, before its weights are loaded."""
-    path = models.resolve_model(config.model.path)
-    check_supported(models.skeleton(path, config.model.trust_remote_code), config.model)
+    """Find out from its architecture alone whether the model can be trained and rolled out, before its weights are loaded."""
+    model = models.skeleton(models.resolve_model(config.model.path), config.model.trust_remote_code)
+    check_supported(model, config.model)
+    ENGINES.find(config.engine.name, "engine.name").check(config.engine, model.config, device_of(config))
+
+
+def check_method(config: Config, tokenizer) -> list[str]:
+    """What the method has to warn of; UserError where it cannot work with this configuration and tokenizer."""
+    return METHODS.find(config.method.name, "method.name").check(config, tokenizer)
 
 
 def policy(config: Config, *, has_reference: bool = False) -> Policy:

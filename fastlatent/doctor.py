@@ -11,27 +11,30 @@ from fastlatent_kernels.overview import Choice, choices
 
 from fastlatent import build, manifest
 from fastlatent.cli import Parser, run_command
+from fastlatent.errors import UserError
 from fastlatent.models.smollm2 import SMOLLM2, cache_dir, find_damage
 from fastlatent.policy import compute_dtype
 from fastlatent.schema import Config
+from fastlatent.vllm_plugin import surface
 
 Rows = list[tuple[str, str]]
 
 
 class Extra(NamedTuple):
-    """An optional dependency: what pip calls it, what Python imports, what needs it."""
+    """An optional dependency: what installs it, what Python imports, what needs it."""
 
-    requirement: str
+    install: str
     module: str
     use: str
 
 
 EXTRAS = {
-    "math": Extra("math-verify", "math_verify", "the reward math_equal"),
-    "data": Extra("datasets", "datasets", "data.name=hub"),
-    "track": Extra("tensorboard", "tensorboard", "log.trackers=[tensorboard]"),
-    "gpu": Extra("nvtx", "nvtx", "named ranges in Nsight Systems"),
-    "triton": Extra("triton", "triton", "kernels for a GPU"),
+    "math": Extra("pip install math-verify", "math_verify", "the reward math_equal"),
+    "data": Extra("pip install datasets", "datasets", "data.name=hub"),
+    "track": Extra("pip install tensorboard", "tensorboard", "log.trackers=[tensorboard]"),
+    "gpu": Extra("pip install nvtx", "nvtx", "named ranges in Nsight Systems"),
+    "triton": Extra("pip install triton", "triton", "kernels for a GPU"),
+    "vllm": Extra(surface.INSTALL["cuda" if torch.cuda.is_available() else "cpu"], "vllm", "engine.name=vllm"),
 }
 """By the name of the extra in pyproject.toml."""
 
@@ -97,8 +100,20 @@ def _extras() -> Rows:
     for name, extra in EXTRAS.items():
         is_there = importlib.util.find_spec(extra.module) is not None
         rows.append((name, f"{'installed' if is_there else 'missing'}: {extra.use}"
-                     + ("" if is_there else f"; pip install {extra.requirement}")))
-    return rows
+                     + ("" if is_there else f"; {extra.install}")))
+    return rows + _vllm()
+
+
+def _vllm() -> Rows:
+    """Which vLLM there is, and whether it has all we stand on in it."""
+    if (found := surface.installed()) is None:
+        return []
+    device = build.device_of(Config())
+    try:
+        surface.check(runner := surface.runner_of("auto", device), device)
+    except UserError as error:
+        return [("", str(error))]
+    return [("", f"{' '.join(found)}, model runner {runner}: has every name that is overridden")]
 
 
 def main(argv: list[str]) -> None:

@@ -15,6 +15,7 @@ from fastlatent.methods.base import Decision, Method, StepView
 from fastlatent.rewards.base import RewardJob, RewardReport, RewardResult
 from fastlatent.rewards.pool import RewardPool
 from fastlatent.rollout.base import RolloutEngine
+from fastlatent.rollout.failure import generate
 from fastlatent.types import Prompt, Request, Rollout, Sampling
 
 EVAL_STEP = 2**16 - 1
@@ -54,7 +55,7 @@ def evaluate(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Samplin
              pool: RewardPool, thinking_end: str) -> list[Sample]:
     """`num_samples` completions of every prompt, siblings side by side."""
     requests = [Request(prompt, EVAL_STEP, sample) for prompt in prompts for sample in range(num_samples)]
-    return score(engine.generate(requests, sampling), tokenizer, pool, thinking_end)[0]
+    return score(generate(engine, requests, sampling), tokenizer, pool, thinking_end)[0]
 
 
 def accuracy(samples: Sequence[Sample]) -> float:
@@ -73,6 +74,9 @@ class _Ablated(Method):
 
     def start(self, num_slots, device):
         return self.inner.start(num_slots, device)
+
+    def draw(self, view: StepView, state) -> None:
+        self.inner.draw(view, state)
 
     def embed(self, token_ids_T: Tensor, latent_T: Tensor, record_T) -> Tensor:
         return self.inner.embed(token_ids_T, latent_T, record_T)

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastlatent.types import Batch, Varlen
+from fastlatent.types import Batch, LatentActions, Varlen
 from fastlatent.update import UpdateResult
 
 
@@ -52,8 +52,11 @@ def _tensors(batches: list[Batch]) -> dict[str, Tensor]:
         out |= {f"{index}.{name}": value for name, value in _fields(batch)}
         out |= {f"{index}.varlen.{name}": value for name, value in _fields(batch.varlen)}
         out |= {f"{index}.record.{name}": value for name, value in (batch.record_T or {}).items()}
+        if batch.actions is not None:
+            out |= {f"{index}.actions.{name}": value for name, value in _fields(batch.actions)}
+            out |= {f"{index}.actions.record.{name}": value for name, value in batch.actions.record_N.items()}
     return {name: value.detach().cpu().contiguous() for name, value in out.items()}
 
 
-def _fields(value: Batch | Varlen) -> list[tuple[str, Tensor]]:
+def _fields(value: Batch | Varlen | LatentActions) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name in value.__slots__ if isinstance(tensor := getattr(value, name), Tensor)]

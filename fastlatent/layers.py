@@ -149,6 +149,8 @@ def _parse_value(key: str, text: str) -> Any:
         raise UserError(f"{key}: {text!r} is not valid yaml ({problem}); quote it twice: {key}='\"...\"'") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{key}: {_reason(error)}") from None
+    if isinstance(value, int) and ":" in text:
+        return text  # yaml reads `profile.steps=3:5` as three minutes and five seconds
     # yaml reads `thinking.end=####` as a comment and `chat.suffix=` as null
     return text if value is None and text.strip() not in ("null", "Null", "NULL", "~") else value
 

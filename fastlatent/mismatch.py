@@ -7,7 +7,7 @@ Both sides are at the sampling temperature and over the whole vocabulary. Where 
 out: the behaviour policy divides by the kept mass on both sides, and the engine's number stands for the trainer's too; on
 one side alone it would make every ratio the kept mass, where nothing disagrees.
 
-A token counts as `latent` where the input read to predict it was latent, and as `token` elsewhere.
+A scored place counts as `latent` where what it read was a latent input or what it drew was a latent action, else as `token`.
 
 Deviations: TRL leaves its KL term out of the importance weight; here a weight multiplies all of a token's loss, since all of
 it is an expectation over what the trainer's policy would have drawn. No weight is renormalised: the step's token count stays.
@@ -31,7 +31,7 @@ _MAX_LOG_RATIO = 20.0  # as in the surrogate: no ratio overflows
 
 @dataclass(slots=True)
 class Gap:
-    """The mismatch of the scored tokens of one microbatch, on the device."""
+    """The mismatch of the scored places of one microbatch, on the device."""
 
     delta_A: Tensor  # float32, in nats
     latent_A: Tensor  # bool
@@ -44,7 +44,10 @@ def measure(batch: Batch, logprob_A: Tensor, config: MismatchConfig) -> Gap:
     delta_A = logprob_A.detach().float() - batch.behaviour_logprob_A
     log_ratio_A = _over_sequences(delta_A, batch.sequence_A) if config.correction.startswith("sequence") else delta_A
     ratio_A = log_ratio_A.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-    return Gap(delta_A, batch.latent_T[batch.score_A], ratio_A, _corrected(ratio_A, config))
+    latent_A = batch.latent_T[batch.score_A]
+    if batch.actions is not None:
+        latent_A[batch.actions.latent_N] = True
+    return Gap(delta_A, latent_A, ratio_A, _corrected(ratio_A, config))
 
 
 def apply(gap: Gap, batch: Batch) -> None:
@@ -60,7 +63,7 @@ def _corrected(ratio_A: Tensor, config: MismatchConfig) -> Tensor | None:
     inside_A = ratio_A.clamp(config.ratio_min, config.ratio_max)
     if config.correction.endswith("truncate"):
         return inside_A
-    # a ratio that is not finite stays: the step it spoils is the guard's to skip
+    # a ratio that is not a number stays: the step it spoils is the guard's to skip
     return torch.where((ratio_A == inside_A) | ratio_A.isnan(), ratio_A, 0.0)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlatent.errors import UserError
-from fastlatent.types import Batch, LatentTrace, Rollout, Varlen
+from fastlatent.types import Batch, LatentActions, LatentTrace, Rollout, Varlen
 
 
 @dataclass(slots=True)
@@ -17,8 +17,22 @@ class Item:
     """One rollout on its way into a batch. `weight` multiplies each acted token's loss; 0 keeps the rollout out."""
 
     rollout: Rollout
-    advantage: float
+    advantage: float | Sequence[float]  # of every action, or of each
     weight: float
+
+    @property
+    def num_actions(self) -> int:
+        return sum(self.rollout.acted)
+
+    @property
+    def advantages(self) -> list[float]:
+        """One number for each action."""
+        return list(self.advantage) if isinstance(self.advantage, Sequence) else [self.advantage] * self.num_actions
+
+    @property
+    def teaches(self) -> bool:
+        """Whether any advantage is not 0."""
+        return any(self.advantage) if isinstance(self.advantage, Sequence) else self.advantage != 0
 
     @property
     def prompt_id(self) -> int:
@@ -144,7 +158,7 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
         sequence += [index] * len(acted)
         fields["target"] += [rollout.target_ids[k] for k in acted]
         fields["logprob"] += [rollout.logprobs[k] for k in acted]
-        fields["advantage"] += [item.advantage] * len(acted)
+        fields["advantage"] += item.advantages
         fields["weight"] += [item.weight] * len(acted)
         if rollout.trace is not None:
             traces.append((start, rollout.trace))
@@ -157,7 +171,27 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
         advantage_A=torch.tensor(fields["advantage"], dtype=torch.float32),
         weight_A=torch.tensor(fields["weight"], dtype=torch.float32), num_tokens=T).to(device)
     batch.record_T = _lay_out(traces, T, device)
+    batch.actions = _latent_actions(items, device)
     return batch
+
+
+def _latent_actions(items: Sequence[Item], device: torch.device) -> LatentActions | None:
+    """Which actions are latents, in packed order, with the records they were drawn as."""
+    is_latent: list[bool] = []
+    rows: dict[str, list[Tensor]] = {}
+    for rollout in (item.rollout for item in items):
+        drawn = rollout.latent_acted or [False] * len(rollout.acted)
+        is_latent += [is_drawn for is_drawn, acted in zip(drawn, rollout.acted, strict=True) if acted]
+        if not any(drawn):
+            continue
+        kept_N = torch.tensor([is_drawn for is_drawn, read in zip(drawn, rollout.latent, strict=True) if read])
+        for name, column in rollout.trace.record.items():
+            rows.setdefault(name, []).append(column[kept_N.to(column.device)].to(device))
+    if not rows:
+        return None
+    places = [[a for a, flag in enumerate(is_latent) if flag == wanted] for wanted in (True, False)]
+    latent_N, token_M = (torch.tensor(place, dtype=torch.int64, device=device) for place in places)
+    return LatentActions(latent_N, token_M, {name: torch.cat(columns) for name, columns in rows.items()})
 
 
 def _lay_out(traces: Sequence[tuple[int, LatentTrace]], T: int, device: torch.device) -> dict[str, Tensor] | None:

@@ -119,15 +119,25 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def reference_logprob(self, batch: Batch, temperature: float) -> Tensor:
-        """Log-probabilities [A] under the frozen reference, which reads the plain tokens (ALGORITHMS: HRPO's too)."""
+        """Log-probabilities [A] under the frozen reference, which reads the plain tokens (HRPO's, too)."""
+        hidden_AD = self.reference_hidden(batch)
+        return token_logprob(hidden_AD, self.reference_head_weight, batch.target_A, temperature)[0]
+
+    @torch.no_grad()
+    def reference_hidden(self, batch: Batch, input_TD: Tensor | None = None) -> Tensor:
+        """Last hidden states [A, D] of the frozen reference where a token is scored, of `input_TD` or else the plain tokens."""
         if self._reference is not None:
             base, off = self._reference[0], nullcontext()
         else:
             base, off = self.base, self.model.disable_adapter()
         with off:
-            input_TD = base.get_input_embeddings()(batch.token_ids_T).to(self.dtype)
-            hidden_AD = self._body(base, input_TD, batch)[batch.score_A]
-            return token_logprob(hidden_AD, base.lm_head.weight, batch.target_A, temperature)[0]
+            if input_TD is None:
+                input_TD = base.get_input_embeddings()(batch.token_ids_T).to(self.dtype)
+            return self._body(base, input_TD, batch)[batch.score_A]
+
+    @property
+    def reference_head_weight(self) -> Tensor:
+        return (self.base if self._reference is None else self._reference[0]).lm_head.weight
 
     # ---- weights -------------------------------------------------------------------------------------------------------
 

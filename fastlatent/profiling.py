@@ -2,8 +2,11 @@
 
     with span("update/forward"):
         ...
+    with span("rollout") as drawing:
+        ...
+        drawing.tokens = 512  # or span(..., tokens=512) where the count is known before
 
-While nothing records, a span costs two clock reads and a few checks, about a microsecond; profiler events and NVTX
+While nothing records, a span costs two clock reads and a few checks, one to two microseconds; profiler events and NVTX
 ranges are made only while something listens. Names come from `metrics.SPANS`. The clocks belong to the main thread.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from time import perf_counter
+from typing import Protocol
 
 import torch
 from torch.autograd import _profiler_enabled
@@ -22,6 +26,7 @@ _HAS_CUDA = torch.version.cuda is not None
 _seconds: defaultdict[str, float] = defaultdict(float)
 _device_spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 _free_events: list[torch.cuda.Event] = []
+_watcher: Watcher | None = None
 
 
 class span:  # noqa: N801 reads as a statement, like torch.no_grad
@@ -29,39 +34,69 @@ class span:  # noqa: N801 reads as a statement, like torch.no_grad
 
     On CUDA the time is the stream's, between two events that nobody waits for before `timings()`; host work counts in
     it as long as it keeps the stream waiting. Inside a graph capture or a torch.compile region a span does nothing.
+
+    Args:
+        tokens: how many were read or drawn, for profilers: a mark at the end of the range, and the payload of an NVTX
+            range whose count was known when it began.
     """
 
-    __slots__ = ("name", "_started", "_event", "_recorded")
+    __slots__ = ("name", "tokens", "_started", "_event", "_recorded")
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, tokens: int | None = None):
+        self.name, self.tokens = name, tokens
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> span:
         self._started = None
         if is_compiling() or (_HAS_CUDA and torch.cuda.is_current_stream_capturing()):
-            return
+            return self
         if self.name not in SPANS:
             raise KeyError(f"{self.name!r} is not a span; the table is fastlatent.metrics.SPANS")
+        if _watcher is not None:
+            _watcher.entered(self.name)  # first: it may be what attaches the profiler
         if _ranges is not None:
-            _ranges.push(self.name)
+            _ranges.push(self.name, self.tokens)
         self._recorded = None
         if _profiler_enabled():
             self._recorded = torch.profiler.record_function(self.name)
             self._recorded.__enter__()
         self._event = _mark() if _HAS_CUDA and torch.cuda.is_initialized() else None
         self._started = perf_counter()
+        return self
 
     def __exit__(self, kind, error, traceback) -> None:
         if self._started is None:
             return
-        if self._event is None:
-            _seconds[self.name] += perf_counter() - self._started
-        else:
-            _device_spans.append((self.name, self._event, _mark()))
-        if self._recorded is not None:
-            self._recorded.__exit__(kind, error, traceback)
-        if _ranges is not None:
-            _ranges.pop()
+        try:
+            if self._event is None:
+                _seconds[self.name] += perf_counter() - self._started
+            else:
+                _device_spans.append((self.name, self._event, _mark()))
+        finally:  # after an error of the device an event cannot be recorded either
+            if self._recorded is not None:
+                if self.tokens is not None:
+                    with torch.profiler.record_function(f"tokens={self.tokens}"):
+                        pass
+                self._recorded.__exit__(kind, error, traceback)
+            if _ranges is not None:
+                if self.tokens is not None:
+                    _ranges.count(self.tokens)
+                _ranges.pop()
+            if _watcher is not None:
+                _watcher.left(self.name)
+
+
+class Watcher(Protocol):
+    """Told of every span as it begins, before any profiler sees it, and after it has ended."""
+
+    def entered(self, name: str) -> None: ...
+
+    def left(self, name: str) -> None: ...
+
+
+def watch(watcher: Watcher | None) -> None:
+    """Tell `watcher` of every span from now on; None: nobody. It must not change while a span it was told of is open."""
+    global _watcher
+    _watcher = watcher
 
 
 def timings() -> dict[str, float]:
@@ -92,17 +127,27 @@ class _NvtxDomain:
     def __init__(self, domain):
         self._domain, self._attributes, self.pop = domain, {}, domain.pop_range
 
-    def push(self, name: str) -> None:
-        if name not in self._attributes:
-            self._attributes[name] = self._domain.get_event_attributes(message=name)
-        self._domain.push_range(self._attributes[name])
+    def push(self, name: str, tokens: int | None) -> None:
+        if tokens is not None:
+            attributes = self._domain.get_event_attributes(message=name, payload=tokens)
+        elif (attributes := self._attributes.get(name)) is None:
+            attributes = self._attributes[name] = self._domain.get_event_attributes(message=name)
+        self._domain.push_range(attributes)
+
+    def count(self, tokens: int) -> None:
+        self._domain.mark(self._domain.get_event_attributes(message="tokens", payload=tokens))
 
 
 class _TorchNvtx:
-    """Ranges of torch's own NVTX binding, which knows no domains."""
+    """Ranges of torch's own NVTX binding, which knows neither domains nor payloads."""
 
-    push = staticmethod(torch.cuda.nvtx.range_push)
     pop = staticmethod(torch.cuda.nvtx.range_pop)
+
+    def push(self, name: str, tokens: int | None) -> None:
+        torch.cuda.nvtx.range_push(name)
+
+    def count(self, tokens: int) -> None:
+        torch.cuda.nvtx.mark(f"tokens={tokens}")
 
 
 def _nvtx_ranges() -> _NvtxDomain | _TorchNvtx | None:

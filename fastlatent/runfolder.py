@@ -25,7 +25,7 @@ from fastlatent.checkpoint import Checkpoint
 from fastlatent.errors import UserError
 from fastlatent.log import MetricsLog, StepLog
 
-IGNORED = ("out", "resume", "log")
+IGNORED = ("out", "resume", "log", "profile")
 """Sections of the configuration in which a resumed run may differ."""
 
 UNFINISHED = {".lock", "manifest.json", ".manifest.json.tmp", ".config.yaml.tmp"}

@@ -201,6 +201,31 @@ class LogConfig:
 
 
 @dataclass(kw_only=True)
+class ProfileConfig:
+    steps: Optional[str] = None
+    """Training steps to record, FIRST:LAST or one, counted from 1 as in the log and both included; none: nothing is recorded.
+    In a yaml file it wants quotes."""
+    tool: str = "torch"
+    """torch (a Chrome trace in the run folder and, on a GPU, a memory snapshot), nsys or ncu (which have to start the run: the
+    command is told), or none."""
+    ranges: str = ""
+    """Record only while a span of these names is open, as in rollout,update; empty: whole steps."""
+
+    @property
+    def window(self) -> range:
+        """The training steps to record, counted from 1; empty where nothing is."""
+        if self.steps is None or self.tool == "none":
+            return range(0)
+        first, _, last = self.steps.partition(":")
+        return range(int(first), int(last or first) + 1)
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """The names in `ranges`."""
+        return tuple(name.strip() for name in self.ranges.split(",") if name.strip())
+
+
+@dataclass(kw_only=True)
 class Config:
     recipe: str = "custom"
     """Name of the run folder: runs/<recipe>-<n>."""
@@ -228,6 +253,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     method: Any = field(default_factory=lambda: {"name": "grpo"})
     """What distinguishes one training method from another; `name` chooses it."""
     engine: Any = field(default_factory=lambda: {"name": "hf"})

@@ -14,7 +14,7 @@ from fastlatent import mismatch
 from fastlatent.advantages import has_variance
 from fastlatent.evaluation import Sample, accuracy
 from fastlatent.profiling import timings
-from fastlatent.types import Group
+from fastlatent.types import Group, Rollout
 from fastlatent.update import UpdateResult
 
 
@@ -66,6 +66,8 @@ def _rewards(groups: Sequence[Group], drawn: Drawn) -> dict[str, float]:
         return out
     out["reward"] = fmean(rewards)
     out["reward_std"] = pstdev(rewards)
+    by_group = [[r for r in g.reward_G.tolist() if not math.isnan(r)] for g in groups]
+    out["group_reward_std"] = fmean(pstdev(group) for group in by_group if group)
     out["advantages/max"] = max(float(g.advantage_G.abs().max()) for g in groups)
     for name in groups[0].rewards:
         values = [v for g in groups for v in g.rewards[name] if v is not None]
@@ -91,7 +93,14 @@ def _completions(samples: Sequence[Sample]) -> dict[str, float]:
     if any(r.trace is not None for r in rollouts):
         steps = [sum(r.latent) for r in rollouts]
         out |= {"latent/steps_per_completion/mean": fmean(steps), "latent/frac_tokens": sum(steps) / sum(lengths)}
+        reasons = [_exit(r) for r in rollouts]
+        out |= {f"latent/exit_{reason}": reasons.count(reason) / len(reasons) for reason in ("end", "forced", "cut")}
     return out
+
+
+def _exit(rollout: Rollout) -> str:
+    """How thinking came to its end; a completion that ends while thinking is cut."""
+    return "forced" if rollout.forced_end else "cut" if all(rollout.thinking) else "end"
 
 
 def _update(result: UpdateResult) -> dict[str, float]:

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
+from traceback import format_exception
 
 import torch
 
-from fastlatent import advantages, build, evaluation, step_metrics
+from fastlatent import advantages, build, capture, evaluation, log, parity, step_metrics
+from fastlatent.alarms import CollapseAlarm
 from fastlatent.checkpoint import Checkpoint
 from fastlatent.config import to_dict
 from fastlatent.data.base import DATASETS, Dataset, Example
@@ -32,6 +34,7 @@ from fastlatent.packing import Item, microbatches, pack
 from fastlatent.profiling import reset_timings, span, timings
 from fastlatent.report import write_report
 from fastlatent.rewards.pool import RewardPool
+from fastlatent.rollout.failure import EngineFailed, generate
 from fastlatent.runfolder import RunFolder
 from fastlatent.schema import Config
 from fastlatent.trackers import open_trackers
@@ -48,11 +51,13 @@ class Trainer:
         self.config = config
         build.check_engine(config)
         build.device_of(config)
+        capture.check(config, argv)
         _check_budget(config)
         self.dataset = _dataset(config)
         self.trackers = open_trackers(config.log.trackers)
         self.tokenizer = build.tokenizer(config)
         build.check_model(config)
+        self.warnings = build.check_method(config, self.tokenizer)
         self._check_prompts()
         self.held_out = [self._prompt(e) for e in self._held_out_examples()]
         with ExitStack() as opened:
@@ -70,6 +75,7 @@ class Trainer:
             self.has_latents = bool(self.engine.method.record_spec(self.policy.base.config.hidden_size, build.sampling_of(config)))
             self.last_greedy: list[Sample] = []
             self.told: list[str] = []
+            self.alarm = CollapseAlarm()
             self.guard = Guard(self.run_folder.path, config.update.max_bad_steps)
             self.step, self.evaluated_step, self.best_accuracy, self.best_step = 0, -1, -1.0, None
             if self.run_folder.resumed is not None:
@@ -83,19 +89,29 @@ class Trainer:
         """Train to the end (or to an interruption) and return the run folder's path."""
         config, run = self.config, self.run_folder
         view = LiveView(config.num_steps, config.log.live)
-        with Interrupts() as interrupts, view:
+        with Interrupts() as interrupts, view, capture.Capture(config, run.path, view.note) as recording:
             try:
                 view.note(build.describe(config))
+                for warning in self.warnings:
+                    view.note(f"warning: {warning}")
                 if self.step:
                     view.note(f"resumed {run.path} at step {self.step}")
                 self._sync_weights()
+                self._probe(view)
                 self._evaluate(view, interrupts)
                 while self.step < config.num_steps:
-                    self._train_step(view, interrupts)
+                    with recording.step(self.step + 1):
+                        self._train_step(view, interrupts)
                 self._finish(view)
             except Interrupted:
                 self._save()
                 view.note(f"interrupted: saved step {self.step} in {run.path}; go on with out={run.path} resume=auto")
+            except EngineFailed as error:
+                # it was drawing, so the weights are those of the last whole step
+                self._save()
+                (run.path / "engine-failure.txt").write_text("".join(format_exception(error)))
+                raise EngineFailed(f"{error}; saved step {self.step} in {run.path} beside engine-failure.txt; go on with "
+                                   f"out={run.path} resume=auto") from error
             finally:
                 self.close()
         return run.path
@@ -109,10 +125,12 @@ class Trainer:
             def commit() -> None:
                 committed.enter_context(interrupts.shielded())
 
-            with span("step"):
+            with span("step") as whole:
                 groups, samples, drawn = self._collect()
-                with span("update"), self.engine.released():
+                whole.tokens = drawn.num_tokens
+                with span("update") as learning, self.engine.released():
                     result = self.update(groups, commit)
+                    learning.tokens = result.num_tokens
                 commit()
                 self.step += 1
                 self._sync_weights()
@@ -123,6 +141,8 @@ class Trainer:
             self.trackers.log(metrics, self.step)
             view.step(metrics)
             self._tell_errors(drawn.errors, view)
+            for text in self.alarm.step(metrics):
+                view.note(text)
             self.guard.check()
         self._evaluate(view, interrupts)
         if config.checkpoint.every and self.step % config.checkpoint.every == 0 and self.step < config.num_steps:
@@ -138,8 +158,9 @@ class Trainer:
             # a step's rounds own consecutive places of the endless prompt stream, used or not: a function of the step alone
             prompts = self._prompts((self.step * rounds + round_) * config.num_prompts)
             requests = [Request(p, self.step, g) for p in prompts for g in range(config.group_size)]
-            with span("rollout"):
-                rollouts = self.engine.generate(requests, build.sampling_of(config))
+            with span("rollout") as drawing:
+                rollouts = generate(self.engine, requests, build.sampling_of(config))
+                drawing.tokens = sum(len(r.token_ids) for r in rollouts)
             if any(r.version != self.step for r in rollouts):
                 raise RuntimeError(f"engine sampled under version {rollouts[0].version}, expected {self.step}")
             with span("reward"):
@@ -168,6 +189,14 @@ class Trainer:
                       {name: [s.result.values[name] for s in samples] for name in names})
         group.advantage_G = self.policy.method.advantages(group, self.config.objective)
         return group
+
+    def _probe(self, view: LiveView) -> None:
+        """Refuse to train where engine and trainer disagree about the first tokens."""
+        if self.config.mismatch.probe_tokens:
+            found = parity.probe(self.config, self.policy, self.engine, self._prompts(0))
+            reset_timings()  # no part of the first step
+            found.check()
+            view.note(found.line())
 
     # ---- prompts -------------------------------------------------------------------------------------------------------
 
@@ -243,6 +272,8 @@ class Trainer:
         self.best_accuracy, self.best_step = checkpoint.state["best_accuracy"], checkpoint.state["best_step"]
         self.evaluated_step = checkpoint.state["evaluated_step"]
         self.guard.load(checkpoint.state["guard"])
+        for row in log.read(self.run_folder.path / "metrics.jsonl"):
+            self.alarm.step(row)
 
     def _finish(self, view: LiveView) -> None:
         self._save()

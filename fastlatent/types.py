@@ -65,7 +65,7 @@ class LatentTrace:
     """The N latent positions of one rollout: what `Method.embed` needs to read them again, with gradients."""
 
     position_N: Tensor  # int32, index into the completion
-    logprob_N: Tensor  # float32 log-density of the latent action when drawn; 0 where it is deterministic
+    logprob_N: Tensor  # float32 log-density of the latent when drawn; 0 where it is deterministic
     record: dict[str, Tensor]  # the columns of Method.record_spec, each [N, ...]
 
 
@@ -76,16 +76,18 @@ class Rollout:
     request: Request
     token_ids: list[int]  # what the model read
     target_ids: list[int]  # what the policy drew; differs only where an end was forced
-    acted: list[bool]  # False where the token was no action (forced, or inside a purely latent block)
+    acted: list[bool]  # False where the policy drew nothing (forced, or inside a deterministic latent block)
     latent: list[bool]  # True where the input that reads this token is latent
     thinking: list[bool]  # True where the token was drawn while thinking
-    logprobs: list[float]  # log softmax(logits / T) of the drawn token over the whole vocabulary; 0 where not acted
+    # log softmax(logits / T) of the drawn token over the whole vocabulary, or a latent action's log-density; 0 where not acted
+    logprobs: list[float]
     log_kept: list[float]  # log of the mass top-k/top-p kept; 0 without truncation
     entropy: list[float]  # entropy in nats of softmax(logits / T)
     trace: LatentTrace | None  # None where no position is latent
     finish: Literal["stop", "length"]
     forced_end: bool  # the end of thinking was written by the engine, not by the policy
     version: int  # of the weights that sampled it
+    latent_acted: list[bool] = field(default_factory=list)  # True where the latent, not the token, was drawn; empty: nowhere
 
     @property
     def num_thinking(self) -> int:
@@ -124,6 +126,15 @@ class Varlen:
 
 
 @dataclass(slots=True)
+class LatentActions:
+    """The N scored places of a Batch whose action is a latent, and the M whose action is a token: A = N + M."""
+
+    latent_N: Tensor  # int64 into A
+    token_M: Tensor  # int64 into A
+    record_N: dict[str, Tensor]  # record columns of the latents, each [N, ...]
+
+
+@dataclass(slots=True)
 class Batch:
     """One microbatch: sequences packed into T tokens, of which A are scored.
 
@@ -139,17 +150,20 @@ class Batch:
     score_A: Tensor  # int64 into T; siblings that share a packed prompt share its last place
     sequence_A: Tensor  # int64, which completion of the batch each scored token belongs to; never descends
     target_A: Tensor  # int64
-    behaviour_logprob_A: Tensor  # float32, as sampled at temperature T over the whole vocabulary
+    behaviour_logprob_A: Tensor  # float32, `Rollout.logprobs` of the scored actions
     advantage_A: Tensor  # float32
     weight_A: Tensor  # float32, already divided by the step's global count
     old_logprob_A: Tensor | None = None  # None: on policy, ratio = exp(lp - stopgrad(lp))
     ref_logprob_A: Tensor | None = None
+    actions: LatentActions | None = None  # None: every action is a token
     num_tokens: int = 0
 
     def to(self, device: torch.device) -> Batch:
         def move(value):
             if isinstance(value, Varlen):
                 return value.to(device)
+            if isinstance(value, LatentActions):
+                return LatentActions(move(value.latent_N), move(value.token_M), move(value.record_N))
             if isinstance(value, dict):
                 return {k: move(v) for k, v in value.items()}
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -174,3 +188,4 @@ class Loss:
     value: Tensor
     sums: dict[str, Tensor]
     logprob_A: Tensor  # of the scored tokens, as the loss saw them; detached
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # pairs (sum, count) by metric name

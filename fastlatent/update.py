@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastlatent import objectives
+from fastlatent import mismatch, objectives
 from fastlatent.methods.base import Method
+from fastlatent.mismatch import Gap
 from fastlatent.optim import Optimizer
 from fastlatent.packing import Item, microbatches, pack
 from fastlatent.policy import Policy
@@ -35,6 +36,7 @@ class UpdateResult:
 
     sums: dict[str, Tensor] = field(default_factory=dict)  # of objectives.surrogate, over all microbatches
     statistics: dict[str, Tensor] = field(default_factory=dict)  # pairs (sum, count) of the first pass, by metric name
+    gaps: list[Gap] = field(default_factory=list)  # between engine and trainer, before any weight moved
     loss: Tensor | None = None  # sum over the optimizer steps
     grad_norm: Tensor | None = None  # largest of the optimizer steps
     num_tokens: int = 0  # packed tokens read, all passes together
@@ -63,10 +65,13 @@ class Updater:
         """Learn from `groups`; `commit` is called before every optimizer step, as after the first there is no way back."""
         objective = self.config.objective
         result = UpdateResult()
+        for group in groups:
+            result.add_statistics(self.method.group_statistics(group))
         minibatches = self._minibatches(groups)
         if objective.num_epochs * len(minibatches) > 1:
             # in a single pass the recomputed old log-probabilities would equal the new ones bit for bit
             self._score_old(minibatches)
+        self._measure(minibatches, result)
         if objective.kl_coef > 0:
             self._score_reference(minibatches)
         for epoch in range(objective.num_epochs):
@@ -83,11 +88,12 @@ class Updater:
             rollouts, advantage = [], []
             for group in groups[part :: objective.num_minibatches]:
                 rollouts += group.rollouts
-                advantage += group.advantage_G.tolist()
+                advantage += self.method.action_advantages(group)
             weight = objectives.token_weights(rollouts, objective, self.config.sampling.max_new_tokens)
             needs_all = objective.kl_coef > 0 or objective.entropy_coef > 0
             # without KL and entropy terms an advantage of 0 contributes no gradient, so its tokens need no pass
-            items = [Item(r, a, w) for r, a, w in zip(rollouts, advantage, weight, strict=True) if w and (a or needs_all)]
+            items = [Item(r, a, w) for r, a, w in zip(rollouts, advantage, weight, strict=True)]
+            items = [item for item in items if item.weight and (item.teaches or needs_all)]
             if items:
                 update = self.config.update
                 chunks = microbatches(items, update.tokens_per_microbatch, update.share_prompts)
@@ -100,27 +106,46 @@ class Updater:
             for batch in (b for batches in minibatches for b in batches):
                 batch.old_logprob_A = self.method.score(self.policy, batch, self.temperature).logprob_A
 
+    @torch.no_grad()
+    def _measure(self, minibatches: list[list[Batch]], result: UpdateResult) -> None:
+        """Find the mismatch of every token and correct for it. Without a correction nothing is scored for it alone: then it is
+        found in the old log-probabilities, or in the first optimizer step's own."""
+        config = self.config
+        is_same = self.temperature == config.sampling.temperature
+        corrects = config.mismatch.correction != "none"
+        # at another temperature the update's log-probabilities say nothing, and only our own engine needs no watching
+        needs_pass = corrects or not (is_same or config.engine.name == "hf")
+        for batch in (b for batches in minibatches for b in batches):
+            logprob_A = batch.old_logprob_A if is_same else None
+            if logprob_A is None and needs_pass:
+                with span("score_old"):
+                    logprob_A = self.method.score(self.policy, batch, config.sampling.temperature).logprob_A
+            if logprob_A is not None:
+                result.gaps.append(mismatch.measure(batch, logprob_A, config.mismatch))
+                mismatch.apply(result.gaps[-1], batch)
+
     def _score_reference(self, minibatches: list[list[Batch]]) -> None:
         with span("score_ref"):
             for batch in (b for batches in minibatches for b in batches):
-                batch.ref_logprob_A = self.policy.reference_logprob(batch, self.temperature)
+                batch.ref_logprob_A = self.method.reference_logprob(self.policy, batch, self.temperature)
 
     def _step(self, batches: list[Batch], result: UpdateResult, commit: Callable[[], None], is_first: bool) -> None:
         total = torch.zeros((), device=self.policy.device)
+        # no weight has moved yet: what is between these log-probabilities and the rollout's is the mismatch
+        is_unmeasured = not (result.gaps or result.attempts) and self.temperature == self.config.sampling.temperature
         for batch in batches:
-            loss = self.method.loss(self.policy, batch, self.temperature, self.config.objective)
-            with span("update/backward"):
-                loss.value.backward()
-            total += loss.value.detach()
-            result.num_tokens += batch.num_tokens
-            result.add_sums(loss.sums)
-            if not result.attempts and self.temperature == self.config.sampling.temperature:
-                # no weight has moved yet: what is left is the distance between engine and trainer
-                gap_A = (loss.logprob_A - batch.behaviour_logprob_A).abs()
-                result.add_statistics({"sampling/sampling_logp_difference/mean": torch.stack(
-                    [gap_A.sum(), torch.tensor(float(gap_A.numel()), device=gap_A.device)])})
-            if is_first:
-                result.add_statistics(self.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
+            with span("update/microbatch", batch.num_tokens):
+                loss = self.method.loss(self.policy, batch, self.temperature, self.config.objective)
+                with span("update/backward"):
+                    loss.value.backward()
+                total += loss.value.detach()
+                result.num_tokens += batch.num_tokens
+                result.add_sums(loss.sums)
+                result.add_statistics(loss.statistics)
+                if is_unmeasured:
+                    result.gaps.append(mismatch.measure(batch, loss.logprob_A, self.config.mismatch))
+                if is_first:
+                    result.add_statistics(self.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
         with span("update/optimizer"):
             norm = self.optimizer.clip()
             is_bad = ~(norm.isfinite() & total.isfinite())

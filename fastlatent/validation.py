@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from fastlatent.errors import UserError
+from fastlatent.metrics import SPANS
 from fastlatent.schema import Config
 
 SCHEDULES = (
@@ -28,6 +30,7 @@ CHOICES = {
     "mismatch.correction": ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "optim.schedule": SCHEDULES,
     "log.live": ("auto", "plain", "quiet"),
+    "profile.tool": ("torch", "nsys", "ncu", "none"),
     "resume": ("auto",),
 }
 
@@ -75,6 +78,7 @@ def validate(config: Config) -> None:
     _check_optim(config)
     _check_eval(config)
     _check_rewards(config)
+    _check_profile(config)
     if config.model.lora is not None:
         _check("model.lora.dropout", config.model.lora.dropout, "0 to below 1", lambda value: 0 <= value < 1)
         _check("model.lora.target_modules", config.model.lora.target_modules, "at least one name", bool)
@@ -143,6 +147,18 @@ def _check_rewards(config: Config) -> None:
         if reward.name in names[:index]:
             raise UserError(f"rewards.{index}.name: {reward.name!r} is listed twice")
         _check(f"rewards.{index}.timeout_s", reward.timeout_s, "more than 0", lambda value: value > 0)
+
+
+def _check_profile(config: Config) -> None:
+    profile = config.profile
+    _check("profile.steps", profile.steps, "FIRST:LAST or one step", lambda steps: re.fullmatch(r"\d+(:\d+)?", steps, re.ASCII))
+    if profile.steps is not None and profile.tool != "none":
+        _check("profile.steps", profile.steps, f"FIRST:LAST within 1:{config.num_steps}, the steps of this run",
+               lambda _: profile.window and 1 <= profile.window[0] and profile.window[-1] <= config.num_steps)
+    for name in profile.spans:
+        _check_choice("profile.ranges", name, tuple(SPANS))
+    if profile.ranges and profile.steps is None:
+        raise UserError("profile.ranges: needs profile.steps, without which nothing is recorded")
 
 
 def _check(path: str, value: Any, wanted: str, is_ok) -> None:

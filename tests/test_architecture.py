@@ -89,7 +89,7 @@ def test_nothing_numeric_of_an_op_lives_in_the_trainer():
 
 
 WAITING = {
-    "topk_gumbel": "Latent-GRPO, not written", "gaussian_reparam": "methods with a Gaussian latent, not written",
+    "gaussian_reparam": "methods with a Gaussian latent, not written",
     "hrpo_gate_decode": "an engine with one fixed input buffer, not written"}
 """Ops that nothing in the trainer calls, and what they wait for."""
 

@@ -17,11 +17,15 @@ def fresh():
 
 class Ranges:
     def __init__(self):
-        self.open, self.seen = [], []
+        self.open, self.seen, self.counts = [], [], []
 
-    def push(self, name):
+    def push(self, name, tokens):
         self.open.append(name)
         self.seen.append("/".join(self.open))
+        self.counts.append((name, tokens))
+
+    def count(self, tokens):
+        self.counts.append((f"in {self.open[-1]}", tokens))
 
     def pop(self):
         self.open.pop()
@@ -73,6 +77,54 @@ def test_torch_profiler_shows_the_span_with_what_ran_in_it():
             torch.ones(4).cumsum(0)
     events = {event.name: event for event in profile.events()}
     assert events["aten::cumsum"].cpu_parent is events["update/forward"]
+
+
+def test_counts_of_tokens_reach_the_profilers(monkeypatch):
+    ranges = Ranges()
+    monkeypatch.setattr(profiling, "_ranges", ranges)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with span("rollout") as drawing:
+            drawing.tokens = 7
+        with span("update/microbatch", tokens=5):
+            pass
+        with span("reward"):
+            pass
+    assert ranges.counts == [
+        ("rollout", None), ("in rollout", 7), ("update/microbatch", 5), ("in update/microbatch", 5), ("reward", None)]
+    events = {event.name: event for event in profile.events()}
+    assert events["tokens=7"].cpu_parent is events["rollout"]
+    assert events["tokens=5"].cpu_parent is events["update/microbatch"]
+    assert sum(name.startswith("tokens") for name in events) == 2
+
+
+def test_a_watcher_is_told_before_any_profiler_and_after_all_of_them(monkeypatch):
+    told = []
+
+    class Watcher(Ranges):
+        def entered(self, name):
+            told.append(("entered", name))
+
+        def left(self, name):
+            told.append(("left", name))
+
+        def push(self, name, tokens):
+            told.append(("push", name))
+
+        def pop(self):
+            told.append(("pop",))
+
+    watcher = Watcher()
+    monkeypatch.setattr(profiling, "_ranges", watcher)
+    profiling.watch(watcher)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            with span("rollout"):
+                1 / 0
+    finally:
+        profiling.watch(None)
+    with span("reward"):
+        pass
+    assert told == [("entered", "rollout"), ("push", "rollout"), ("pop",), ("left", "rollout"), ("push", "reward"), ("pop",)]
 
 
 def test_a_span_neither_breaks_nor_times_a_compiled_region():
@@ -132,6 +184,20 @@ def test_on_a_device_nobody_waits_before_the_times_are_read(monkeypatch):
     assert timings() == {"step": 0.502, "update": 0.5}
     assert device.num_waits == 4
     assert timings() == {"step": 0.502, "update": 0.5}
+
+
+def test_a_device_that_fails_leaves_no_range_open(monkeypatch):
+    """After an error of CUDA its events cannot be recorded either."""
+    def fail():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    ranges = Ranges()
+    FakeDevice(monkeypatch)
+    monkeypatch.setattr(profiling, "_ranges", ranges)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        with span("update"), span("update/backward"):
+            monkeypatch.setattr(profiling, "_mark", fail)
+    assert ranges.seen == ["update", "update/update/backward"] and ranges.open == []
 
 
 def test_inside_a_graph_capture_a_span_does_nothing(monkeypatch):

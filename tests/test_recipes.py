@@ -96,10 +96,14 @@ OWN = {
     "hrpo_quickstart": ["rewards=[{name: exact_number, strict: true}, {name: my_rewards.checksum}]"],
     "grpo_quickstart": ["rewards=[{name: exact_number, strict: true}, {name: my_rewards.checksum}]"],
 }
+MATH = ["data.train=math.jsonl", "rewards=[{name: math_equal, require_delimiter: false}, {name: my_rewards.checksum}]",
+        "num_prompts=4", "group_size=4", "thinking.end=e",  # published ends are not one token of the tiny tokenizer
+        "answer.stop=[a, e, i, o, t, n, s]"]  # else every completion is cut
+MIXTURES = {"latent_grpo_gsm8k": [*MATH, "data.question=problem"], "soft_grpo_math": MATH}
 
 
 def test_every_recipe_is_tried_here():
-    assert set(OWN) == set(recipes())
+    assert set(OWN) | set(MIXTURES) == set(recipes())
 
 
 @pytest.mark.parametrize("recipe", OWN)
@@ -128,6 +132,30 @@ def test_a_recipe_takes_two_steps(inside, recipe):
     assert all(kept <= 0 for kept in rollout.log_kept) and any(kept < 0 for kept in rollout.log_kept)
     if has_latents:
         assert {name: column.shape[1] for name, column in rollout.trace.record.items()} == {"ids": 50, "weights": 50}
+
+
+@pytest.mark.parametrize("recipe", MIXTURES)
+def test_a_recipe_whose_actions_are_mixtures_takes_two_steps(inside, recipe):
+    trainer = train(inside / "run", recipe, *SMALL, "model.dtype=float32", "eval.every=2", "eval.num_samples=2",
+                    "eval.ablations=true", "data.held_out=math.jsonl", "model.path=model", *MIXTURES[recipe])
+    config, rows = trainer.config, steps(trainer)
+    assert [row["step"] for row in rows] == [1, 2] and trainer.warnings == []
+    assert all(row["grad_norm"] > 0 and row["guard/skipped_steps"] == 0 for row in rows)
+    assert moved(trainer) == trainer.start.keys() and not any("embed" in name for name in trainer.start)
+    assert trainer.optimizer.scheduler.last_epoch == 2 * config.objective.num_minibatches
+    reasons = [f"latent/exit_{reason}" for reason in ("end", "forced", "cut")]
+    for row in rows:
+        assert sum(row[name] for name in reasons) == pytest.approx(1) and row["latent/exit_forced"] == 0
+        assert 1 <= row["latent/effective_k"] <= config.method.top_k and 0 < row["latent/noise_used"] < 1
+        assert row["latent/frac_tokens"] > 0.2 and row["latent/norm_ratio"] > 0
+        assert 0.5 < row["latent/ratio_mean_latent"] < 2 and row["latent/clip_ratio_latent"] <= 1
+        assert row["sampling/sampling_logp_difference/mean"] < 2e-4
+        assert ("time/score_ref" in row) == (config.objective.kl_coef > 0)
+    is_latent_grpo = recipe.startswith("latent")
+    assert any(row["latent/frac_first_selected"] > 0 for row in rows) == is_latent_grpo
+    assert any(row["latent/frac_masked"] > 0 for row in rows) == is_latent_grpo
+    evaluated = [row for row in read(inside / "run" / "metrics.jsonl") if "eval/accuracy_latents_off" in row]
+    assert len(evaluated) == 1
 
 
 # ---- what is learnt from --------------------------------------------------------------------------------------------

@@ -58,7 +58,36 @@ GSM8K = {"group_size": 4, "num_steps": 7473 // 8, "data.answer_after": "####",
          "rewards": [{"name": "exact_number", "weight": 1.0, "strict": False}]}
 MATH = {"group_size": 8, "num_steps": 7500 // 8, "data.answer_after": None,
         "rewards": [{"name": "math_equal", "weight": 1.0, "require_delimiter": True}]}
+# arXiv:2604.27998 and arXiv:2511.06411 and their releases
+MIXTURES = {
+    "num_prompts": 64, "group_size": 8, "model.dtype": "bfloat16", "model.lora": None, "model.freeze_embedding": True,
+    "thinking.max_tokens": None, "sampling.temperature": 0.6, "sampling.top_k": 30, "sampling.top_p": 0.95,
+    "objective.advantage": "z_score", "objective.advantage_eps": 1e-6, "objective.normalizer": "token_mean",
+    "objective.clip_low": 0.2, "objective.clip_high": 0.2, "objective.dual_clip": 3.0, "objective.entropy_coef": 0.0,
+    "objective.score_temperature": None, "objective.num_epochs": 1, "optim.lr": 1e-6, "optim.weight_decay": 0.01,
+    "optim.schedule": "constant", "optim.max_grad_norm": 1.0, "method.top_p": 0.95, "method.noise_low": -1.5,
+    "method.noise_high": 3.0, "method.noise_scale": 1.0,
+    "rewards": [{"name": "math_equal", "weight": 1.0, "require_delimiter": False}],
+}
+LATENT_GRPO = {
+    "model.path": "DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10", "chat.max_prompt_tokens": 192, "sampling.max_new_tokens": 128,
+    "thinking.end": "</", "objective.num_minibatches": 64 // 16, "objective.kl_coef": 0.0,
+    "objective.filter_zero_variance": True, "objective.max_filter_rounds": 50 - 1, "method.name": "latent_grpo",
+    "method.top_k": 10, "method.candidates": "union", "method.one_sided": True, "method.delta": 0.0,
+    "method.mixture_temperature": 1.0, "method.end_rule": "likeliest", "method.truncated": "masked",
+    "method.bound_negative": True, "method.select_first": True, "method.clamp_density": False, "method.logprob_floor": None,
+}
+SOFT_GRPO = {
+    "model.path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "sampling.max_new_tokens": 8192, "thinking.end": "</think>",
+    "objective.num_minibatches": 64 // 32, "objective.kl_coef": 0.001, "objective.kl_estimator": "k3",
+    "objective.filter_zero_variance": False, "method.name": "soft_grpo", "method.top_k": 5,
+    "method.candidates": "renormalised", "method.one_sided": False, "method.mixture_temperature": 0.1,
+    "method.clamp_density": True, "method.logprob_floor": -3.0, "method.truncated": "kept", "method.bound_negative": False,
+    "method.select_first": False,
+}
 SPECIFICATION = {
+    "latent_grpo_gsm8k": MIXTURES | LATENT_GRPO,
+    "soft_grpo_math": MIXTURES | SOFT_GRPO,
     "hrpo_gsm8k": PUBLISHED | GATE | GSM8K,
     "hrpo_math": PUBLISHED | GATE | MATH,
     "grpo_gsm8k": PUBLISHED | GSM8K | {"method": {"name": "grpo"}},
@@ -85,7 +114,10 @@ def test_recipe_holds_every_published_number(recipe, resolved):
         assert value == want, path
 
 
-def test_system_prompt_asks_for_reasoning_then_the_delimiter_then_the_answer(resolved):
+def test_system_prompt_asks_for_reasoning_then_the_delimiter_then_the_answer(recipe, resolved):
+    if recipe in ("latent_grpo_gsm8k", "soft_grpo_math"):
+        assert resolved["chat"]["suffix"].endswith("and put your final answer within \\boxed{}.")
+        return
     system = resolved["chat"]["system"]
     assert "conversation between User and Assistant" in system and "after a #### tag" in system
     assert system.endswith("{reasoning process} #### {answer}.")

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from fastlatent.methods.base import METHODS
+from fastlatent.methods.base import METHODS, Method
 from fastlatent.packing import Item, pack, varlen
 from fastlatent.policy import Policy
 from fastlatent.schema import AnswerConfig, ThinkingConfig
@@ -43,12 +43,12 @@ def batches(rollouts: list[Rollout], how: str) -> list[Batch]:
 
 @torch.no_grad()
 def gaps(policy: Policy, replayed: list[Batch], fault: Callable[[Batch], None] | None = None) -> torch.Tensor:
-    """|replayed - sampled| of every acted token."""
+    """|replayed - sampled| of every action: a token's log-probability, a latent's log-density."""
     out = []
     for batch in replayed:
         if fault:
             fault(batch)
-        out.append((policy.score(batch, TEMPERATURE).logprob_A - batch.behaviour_logprob_A).abs())
+        out.append((policy.method.score(policy, batch, TEMPERATURE).logprob_A - batch.behaviour_logprob_A).abs())
     return torch.cat(out)
 
 
@@ -130,14 +130,53 @@ def attended_pads(batch: Batch) -> None:
     batch.score_A = place_T[batch.score_A]
 
 
+LATENT = [name for name in METHODS.names() if METHODS.find(name, "").record_spec is not Method.record_spec]
+DRAWS_LATENTS = ["latent_grpo", "soft_grpo"]
+
+
 @pytest.mark.parametrize("fault", [without_latents, shifted_record, attended_pads])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_fault_in_the_batch_is_caught(fault, dtype):
-    policy = tiny.policy("hrpo", dtype=dtype)
+@pytest.mark.parametrize("method", LATENT)
+def test_a_fault_in_the_batch_is_caught(method, fault, dtype):
+    policy = tiny.policy(method, dtype=dtype)
     replayed = batches(draw(policy, FORCED, LENGTHS["unequal"]), "packed")
     found = gaps(policy, replayed, fault)
     assert found.mean() > BF16_MEAN_TOLERANCE
     assert found.max() > FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("method", DRAWS_LATENTS)
+def test_a_latent_action_gives_back_its_log_density(method):
+    policy = tiny.policy(method)
+    rollouts = draw(policy, FORCED, LENGTHS["unequal"])
+    drawn = torch.cat([r.trace.logprob_N for r in rollouts])
+    batch = batches(rollouts, "packed")[0]
+    with torch.no_grad():
+        density_N = policy.method.score(policy, batch, TEMPERATURE).latent_logprob_N
+    assert len(drawn) == sum(sum(r.latent_acted) for r in rollouts) == len(batch.actions.latent_N) > 50
+    assert (drawn - density_N).abs().max() <= FP32_TOLERANCE
+    # densities are not token log-probabilities by another name
+    assert (drawn - policy.score(batch, TEMPERATURE).logprob_A[batch.actions.latent_N]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("method", DRAWS_LATENTS)
+def test_a_fault_in_the_actions_is_caught(method):
+    """Scores of another position, and the scores of the inputs left as they are."""
+    policy = tiny.policy(method)
+    replayed = batches(draw(policy, FORCED, LENGTHS["unequal"]), "packed")
+
+    def shifted_action(batch: Batch) -> None:
+        batch.actions.record_N = {name: column.roll(1, 0) for name, column in batch.actions.record_N.items()}
+
+    assert gaps(policy, replayed, shifted_action).mean() > BF16_MEAN_TOLERANCE
+
+
+@pytest.mark.parametrize("method", DRAWS_LATENTS)
+def test_weights_that_have_moved_move_the_densities(method):
+    policy = tiny.policy(method)
+    rollouts = draw(policy, FORCED, LENGTHS["unequal"])
+    stale_weights(policy)
+    assert gaps(policy, batches(rollouts, "packed")).max() > FP32_TOLERANCE
 
 
 @pytest.mark.parametrize("fault", [stale_gate, stale_weights])

@@ -39,13 +39,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def model(family: str = "qwen2", *, is_tied: bool = False, seed: int = 0, scale: float = 4.0):
+def model(family: str = "qwen2", *, is_tied: bool = False, seed: int = 0, scale: float = 4.0, num_heads: int = 4):
     """Float32, sharp enough (weights times `scale`) that a wrong input shows in the log-probabilities."""
     config_class, model_class = FAMILIES[family]
     torch.manual_seed(seed)
     config = config_class(
-        vocab_size=len(tokenizer()), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, tie_word_embeddings=is_tied,
+        vocab_size=len(tokenizer()), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=num_heads,
+        num_key_value_heads=num_heads // 2, head_dim=64 // num_heads, max_position_embeddings=2048, tie_word_embeddings=is_tied,
         eos_token_id=tokenizer().eos_token_id, pad_token_id=tokenizer().pad_token_id, bos_token_id=None)
     out = model_class(config)
     with torch.no_grad():
@@ -73,9 +73,9 @@ def requests(prompts_: list[Prompt], group_size: int, step: int = 0) -> list[Req
 
 
 def policy(method: str, *, family: str = "qwen2", dtype: str = "float32", is_tied: bool = False, strong: bool = True,
-           has_reference: bool = False, **model_options) -> Policy:
+           has_reference: bool = False, num_heads: int = 4, **model_options) -> Policy:
     """A policy whose method's parameters are drawn from seed 0; `strong` gives HRPO a gate of about 0.9."""
-    base = model(family, is_tied=is_tied)
+    base = model(family, is_tied=is_tied, num_heads=num_heads)
     torch.manual_seed(0)
     member = METHODS.find(method, "method.name")
     out = Policy(base, ModelConfig(path="tiny", dtype=dtype, **model_options), member, member.Config(),
@@ -88,13 +88,14 @@ def policy(method: str, *, family: str = "qwen2", dtype: str = "float32", is_tie
     return out
 
 
-def parts(policy_: Policy, thinking: ThinkingConfig, answer: AnswerConfig, *, seed: int = 7, max_new: int = 32) -> EngineParts:
+def parts(policy_: Policy, thinking: ThinkingConfig, answer: AnswerConfig, *, seed: int = 7, max_new: int = 32,
+          max_prompt: int = 256, has_eos: bool = True) -> EngineParts:
     """What any engine for this policy is made from."""
     info = policy_.method.model
-    span = ThinkingSpan(tokenizer(), info.vocab_size, eos_ids(tokenizer()), thinking, answer)
+    span = ThinkingSpan(tokenizer(), info.vocab_size, eos_ids(tokenizer()) if has_eos else [], thinking, answer)
     return EngineParts(model=policy_.base.config, dtype=policy_.dtype, device=policy_.device,
                        method=functools.partial(type(policy_.method), policy_.method.config, info), span=span, seed=seed,
-                       max_prompt_tokens=64, max_new_tokens=max_new)
+                       max_prompt_tokens=max_prompt, max_new_tokens=max_new)
 
 
 def engine(policy_: Policy, thinking: ThinkingConfig, answer: AnswerConfig, *, seed: int = 7, **options) -> HFEngine:

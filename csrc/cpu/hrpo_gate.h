@@ -40,6 +40,15 @@ struct Gate {
   }
 };
 
+// That of the columns from d on, in a row whose pre-activations are u.
+template <class T>
+static inline Gate gate_of(const HrpoGate& args, const T* u, int64_t d) {
+  const int64_t width = args.width, n = width - d;
+  return Gate(load_some(u + d, n) + load_some(args.bias + d, n),
+              load_some(u + width + d, n) + load_some(args.bias + width + d, n), load_some(args.log_scale + d, n),
+              args.compat_eps);
+}
+
 template <class T>
 static void gate_rows(const HrpoGate& args) {
   const int64_t width = args.width;
@@ -56,9 +65,7 @@ static void gate_rows(const HrpoGate& args) {
     }
     for (int64_t d = 0; d < width; d += kLanes) {
       const int64_t n = width - d;
-      const Gate gate(load_some(u + d, n) + load_some(args.bias + d, n),
-                      load_some(u + width + d, n) + load_some(args.bias + width + d, n),
-                      load_some(args.log_scale + d, n), args.compat_eps);
+      const Gate gate = gate_of(args, u, d);
       store_some(out + d, gate.a * load_some(token + d, n) + gate.s * (gate.i * load_some(mixture + d, n)), n);
     }
   }
@@ -89,9 +96,7 @@ static void gate_backward_rows(const HrpoGateBackward& args) {
       }
       for (int64_t d = 0; d < width; d += kLanes) {
         const int64_t n = width - d;
-        const Gate gate(load_some(u + d, n) + load_some(args.bias + d, n),
-                        load_some(u + width + d, n) + load_some(args.bias + width + d, n),
-                        load_some(args.log_scale + d, n), args.compat_eps);
+        const Gate gate = gate_of(args, u, d);
         const floats g = load_some(grad + d, n), h = gate.i * load_some(mixture + d, n);
         // ds / dlog a = -a^2 / s: a pole at a = 1, where the gradients of u and Lambda have another factor 0
         const floats dlog_a = g * (gate.a * load_some(token + d, n) - gate.a * gate.a * gate.inv_s * h);

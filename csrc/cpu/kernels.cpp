@@ -1,5 +1,9 @@
 #include "kernels.h"
 
+#ifdef FASTLATENT_AVX512_BF16
+#include <cpuid.h>
+#endif
+
 namespace fastlatent {
 
 #define DECLARE(isa)                                            \
@@ -19,6 +23,11 @@ DECLARE(avx2)
 DECLARE(avx512)
 #endif
 #undef DECLARE
+#ifdef FASTLATENT_AVX512_BF16
+namespace avx512_bf16 {
+void vocab_head_bf16(const VocabHeadBf16&);
+}
+#endif
 
 const CpuKernels* cpu_kernels() {
   static const struct Table {
@@ -43,6 +52,18 @@ const CpuKernels* cpu_kernels() {
     }
   } table;
   return table.rows;
+}
+
+VocabHeadBf16Kernel vocab_head_bf16_kernel() {
+#ifdef FASTLATENT_AVX512_BF16
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool has_amx_bf16 = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+  const bool has_avx512_bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+  // the first row being avx512's says that the system saves its registers too
+  if (has_avx512_bf16 && !has_amx_bf16 && cpu_kernels()->vocab_head == avx512::vocab_head)
+    return avx512_bf16::vocab_head_bf16;
+#endif
+  return nullptr;
 }
 
 }  // namespace fastlatent

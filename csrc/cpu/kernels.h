@@ -20,4 +20,9 @@ struct CpuKernels {
 // Sets this processor can run, best first; ends with {nullptr}.
 const CpuKernels* cpu_kernels();
 
+using VocabHeadBf16Kernel = void (*)(const VocabHeadBf16&);
+
+// Null where it cannot run: it takes AVX512_BF16; and beside AMX, with which a library's GEMM leaves it far behind.
+VocabHeadBf16Kernel vocab_head_bf16_kernel();
+
 }  // namespace fastlatent

@@ -73,16 +73,27 @@ static inline void store_some(T* to, floats v, int64_t n) {
 
 static inline floats larger(floats a, floats b) { return a > b ? a : b; }
 
+typedef float quad __attribute__((vector_size(16)));
+
+// The lanes brought down to four by halves, which takes fewer steps than one after the other.
+template <class Combine>
+static inline quad fold(floats v, Combine combine) {
+  quad part[kLanes / 4];
+  __builtin_memcpy(part, &v, sizeof v);
+  for (int n = kLanes / 8; n; n /= 2)
+    for (int i = 0; i < n; i++) part[i] = combine(part[i], part[i + n]);
+  return part[0];
+}
+
 static inline float largest_lane(floats v) {
-  float x = v[0];
-  for (int i = 1; i < kLanes; i++) x = v[i] > x ? v[i] : x;
-  return x;
+  const quad x = fold(v, [](quad a, quad b) { return a > b ? a : b; });
+  const float even = x[0] > x[2] ? x[0] : x[2], odd = x[1] > x[3] ? x[1] : x[3];
+  return even > odd ? even : odd;
 }
 
 static inline float sum_lanes(floats v) {
-  float x = v[0];
-  for (int i = 1; i < kLanes; i++) x += v[i];
-  return x;
+  const quad x = fold(v, [](quad a, quad b) { return a + b; });
+  return (x[0] + x[2]) + (x[1] + x[3]);
 }
 
 // exp for x <= 0, relative error below 2e-7; 0 below -87, where a float is about to become subnormal

@@ -8,43 +8,61 @@
 namespace fastlatent {
 namespace FASTLATENT_ISA {
 
-// Sums over one tile relative to its own largest logit; `finish` makes `mass` relative to the row's.
+// Sums over one tile relative to its own largest logit.
+struct TileSums {
+  float largest;  // unscaled logit
+  float mass;     // sum of exps
+  float squares;  // sum of exps^2
+  float slope;    // sum of exps * (l - largest l)
+};
+
+// Sums of a tile; where `keeps_exps` also exps[128] = exp(l - largest l).
+template <bool keeps_exps, class T>
+static inline TileSums sum_tile(const T* logits, float inv_temperature, float* exps) {
+  floats top = load(logits);
+  for (int i = kLanes; i < kTileSize; i += kLanes) top = larger(top, load(logits + i));
+  const float largest = largest_lane(top);
+  // a tile of nothing but -inf: any finite shift makes its exps 0 instead of NaN
+  const float shift = largest == -kInfinity ? 0.0f : largest;
+  floats s = {}, q = {}, w = {};
+  for (int i = 0; i < kTileSize; i += kLanes) {
+    // -88: exp is 0 there already, and 0 * -inf would not be
+    const floats x = larger((load(logits + i) - shift) * inv_temperature, splat(-88.0f));
+    const floats e = exp_negative(x);
+    if (keeps_exps) store(exps + i, e);
+    s += e;
+    q += e * e;
+    w += e * x;
+  }
+  return {largest, sum_lanes(s), sum_lanes(q), sum_lanes(w)};
+}
+
+// The sums of every tile of a row, [tiles] each; `finish` makes `mass` relative to the row's largest logit.
 struct SoftmaxRow {
   int64_t tiles;
-  float* exps;      // [tiles * 128], exp(l - tile's largest l); written where `keeps_exps`
-  float* largest;   // [tiles], unscaled logit
-  float* mass;      // [tiles], sum of exps
-  float* squares;   // [tiles], sum of exps^2
-  float* slope;     // [tiles], sum of exps * (l - largest l)
+  float* exps;  // [tiles * 128]; written where `keeps_exps`
+  float *largest, *mass, *squares, *slope;
   float row_largest = -kInfinity;  // unscaled
   float total = 0, total_squares = 0, entropy = 0, lse = 0;
 
-  SoftmaxRow(float* scratch, int64_t vocab)
-      : tiles((vocab + kTileSize - 1) / kTileSize), exps(scratch), largest(scratch + tiles * kTileSize),
-        mass(largest + tiles), squares(mass + tiles), slope(squares + tiles) {}
+  SoftmaxRow(float* exps, float* sums, int64_t tiles)
+      : tiles(tiles), exps(exps), largest(sums), mass(sums + tiles), squares(sums + 2 * tiles),
+        slope(sums + 3 * tiles) {}
+
+  SoftmaxRow(float* scratch, int64_t vocab) : SoftmaxRow(scratch, scratch + num_tiles(vocab) * kTileSize, num_tiles(vocab)) {}
 
   template <bool keeps_exps, class T>
   void add_tile(int64_t tile, const T* logits, float inv_temperature) {
-    floats top = load(logits);
-    for (int i = kLanes; i < kTileSize; i += kLanes) top = larger(top, load(logits + i));
-    const float shift = largest_lane(top);
-    row_largest = shift > row_largest ? shift : row_largest;
-    // a tile of nothing but -inf: any finite shift makes its exps 0 instead of NaN
-    const float finite_shift = shift == -kInfinity ? 0.0f : shift;
-    floats s = {}, q = {}, w = {};
-    for (int i = 0; i < kTileSize; i += kLanes) {
-      // -88: exp is 0 there already, and 0 * -inf would not be
-      const floats x = larger((load(logits + i) - finite_shift) * inv_temperature, splat(-88.0f));
-      const floats e = exp_negative(x);
-      if (keeps_exps) store(exps + tile * kTileSize + i, e);
-      s += e;
-      q += e * e;
-      w += e * x;
-    }
-    largest[tile] = shift;
-    mass[tile] = sum_lanes(s);
-    squares[tile] = sum_lanes(q);
-    slope[tile] = sum_lanes(w);
+    const TileSums sums = sum_tile<keeps_exps>(logits, inv_temperature, exps + tile * kTileSize);
+    row_largest = sums.largest > row_largest ? sums.largest : row_largest;
+    set_tile(tile, sums);
+  }
+
+  void set_tile(int64_t tile, const TileSums& sums) {
+    largest[tile] = sums.largest;
+    mass[tile] = sums.mass;
+    squares[tile] = sums.squares;
+    slope[tile] = sums.slope;
   }
 
   // Bring every tile to the row's largest logit; `largest` becomes the factor exp(l_tile - l_row) of each tile's exps.

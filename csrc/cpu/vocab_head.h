@@ -1,6 +1,7 @@
 // vocab_head after its GEMM: token, log-probability, entropy and p / ||p||_2 of each row of logits.
 #pragma once
 
+#include "draw.h"
 #include "parallel_rows.h"
 #include "softmax_row.h"
 
@@ -14,45 +15,12 @@ static int64_t likeliest_id(const T* logits, int64_t vocab, float largest) {
   return id;
 }
 
-// The tile, then the id inside it, with the largest mass / -log(u).
-template <class T>
-static int64_t draw_id(const T* logits, int64_t vocab, float inv_temperature, const SoftmaxRow& softmax,
-                       const RowNoise& noise) {
-  constexpr int n = 16;
-  uint32_t index[n];
-  float race[n];
-  int64_t tile = 0;
-  float best = -1;
-  for (int64_t first = 0; first < softmax.tiles; first += n) {
-    for (int i = 0; i < n; i++) index[i] = (uint32_t)(first + i);
-    noise.exponential(index, kStreamTile, race);
-    for (int i = 0; i < n && first + i < softmax.tiles; i++) {
-      const float score = softmax.mass[first + i] / race[i];
-      if (score > best) best = score, tile = first + i;
-    }
-  }
-  const int64_t begin = tile * kTileSize, end = begin + kTileSize < vocab ? begin + kTileSize : vocab;
-  float shift = -kInfinity;
-  for (int64_t v = begin; v < end; v++) shift = load_one(logits + v) > shift ? load_one(logits + v) : shift;
-  int64_t id = begin;
-  best = -1;
-  for (int64_t first = begin; first < end; first += n) {
-    for (int i = 0; i < n; i++) index[i] = (uint32_t)(first + i);
-    noise.exponential(index, kStreamId, race);
-    for (int i = 0; i < n && first + i < end; i++) {
-      const float score = expf((load_one(logits + first + i) - shift) * inv_temperature) / race[i];
-      if (score > best) best = score, id = first + i;
-    }
-  }
-  return id;
-}
-
 template <class P>
 static void write_unit_p(const SoftmaxRow& softmax, int64_t vocab, P* out) {
   const float inv_norm = 1.0f / sqrtf(softmax.total_squares);
   for (int64_t tile = 0; tile < softmax.tiles; tile++) {
     const float factor = softmax.largest[tile] * inv_norm;
-    const int64_t begin = tile * kTileSize, size = vocab - begin < kTileSize ? vocab - begin : kTileSize;
+    const int64_t begin = tile * kTileSize, size = tile_size(tile, vocab);
     P whole[kTileSize];
     P* to = size == kTileSize ? out + begin : whole;
     for (int i = 0; i < kTileSize; i += kLanes) store(to + i, load(softmax.exps + begin + i) * factor);
@@ -70,8 +38,13 @@ static void vocab_head_rows(const VocabHead& args) {
     });
     softmax.finish(args.inv_temperature);
     const RowNoise noise(*args.seed, args.counter + 3 * b);
-    const int64_t token = args.greedy ? likeliest_id(logits, args.vocab, softmax.row_largest)
-                                      : draw_id(logits, args.vocab, args.inv_temperature, softmax, noise);
+    int64_t token;
+    if (args.greedy) {
+      token = likeliest_id(logits, args.vocab, softmax.row_largest);
+    } else {
+      const int64_t tile = draw_tile(softmax, noise), begin = tile * kTileSize;
+      token = begin + draw_in_tile(logits + begin, begin, tile_size(tile, args.vocab), args.inv_temperature, noise);
+    }
     args.token[b] = token;
     args.logprob[b] = load_one(logits + token) * args.inv_temperature - softmax.lse;
     args.entropy[b] = softmax.entropy;

@@ -7,6 +7,7 @@
 
 #include <initializer_list>
 
+#include "device.h"
 #include "gaussian_math.h"
 
 namespace fastlatent {
@@ -157,8 +158,8 @@ bool aligned(std::initializer_list<const void*> pointers) {
 template <class Args>
 const char* launch(const Args& args, bool is_aligned, void* stream, int device) {
   if (args.rows == 0) return nullptr;
-  // the static runtime has its own idea of the current device
-  if (const cudaError_t error = cudaSetDevice(device)) return cudaGetErrorString(error);
+  const OnDevice on_device(device);
+  if (const cudaError_t error = on_device.error()) return cudaGetErrorString(error);
   const int blocks = (int)((args.rows + kWarps - 1) / kWarps);
   if (args.is_bf16) start_width<__nv_bfloat16>(args, is_aligned, blocks, (cudaStream_t)stream);
   else start_width<float>(args, is_aligned, blocks, (cudaStream_t)stream);

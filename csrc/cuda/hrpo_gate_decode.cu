@@ -8,6 +8,7 @@
 
 #include <initializer_list>
 
+#include "device.h"
 #include "gate_tile.h"
 
 namespace fastlatent {
@@ -128,8 +129,8 @@ const char* hrpo_gate_decode(const HrpoGateDecode& args, void* stream, int devic
   for (const void* pointer : {args.table, args.weight})
     if (reinterpret_cast<uintptr_t>(pointer) % 16) return "table, weight: expected addresses that are multiples of 16";
   if (args.rows == 0) return nullptr;
-  // the static runtime has its own idea of the current device
-  if (const cudaError_t error = cudaSetDevice(device)) return cudaGetErrorString(error);
+  const OnDevice on_device(device);
+  if (const cudaError_t error = on_device.error()) return cudaGetErrorString(error);
   if (args.rows <= kTileRows) start<1>(args, (cudaStream_t)stream);
   else if (args.rows <= 2 * kTileRows) start<2>(args, (cudaStream_t)stream);
   else if (args.rows <= 4 * kTileRows) start<4>(args, (cudaStream_t)stream);

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastlatent import advantages
+from fastlatent import advantages, schema
 from fastlatent.registry import Family
 from fastlatent.schema import ObjectiveConfig
 from fastlatent.types import Batch, Capability, Group, Loss, Sampling, Scored
@@ -59,6 +59,9 @@ class StepView:
     ids_BK: Tensor | None = None
     weights_BK: Tensor | None = None
     logits_BV: Tensor | None = None
+    sampling: Sampling = Sampling()  # how the token was drawn
+    is_end_V: Tensor | None = None  # bool, tokens that hold the end of thinking by themselves
+    drawn: Record | None = None  # what `Method.draw` leaves for `decide`
 
 
 @dataclass(slots=True)
@@ -68,9 +71,10 @@ class Decision:
     latent_B: Tensor
     record: Record
     token_B: Tensor | None = None  # the token to commit, where it is not the one drawn
-    acted_B: Tensor | None = None  # False where the token is no action; None: every drawn token is
+    acted_B: Tensor | None = None  # False where nothing was drawn by the policy; None: it always is
     restart_B: Tensor | None = None  # True where the sequence starts anew from this input
-    latent_logprob_B: Tensor | None = None  # log-density of a latent action; None: it is deterministic
+    # log-density of the latent, which is then the action where `latent_B`, instead of the token; None: tokens are the actions
+    latent_logprob_B: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,12 @@ class Method(nn.Module):
         """Per-row state, [slots, ...] each; changed in place by `decide`."""
         return {}
 
+    def draw(self, view: StepView, state: State) -> None:
+        """Replace what the head drew (`token_B`, `logprob_B`, `log_kept_B`) in place, before the thinking span sees it.
+
+        `thinking_B` is True here where the token is drawn while thinking.
+        """
+
     def decide(self, view: StepView, state: State) -> Decision:
         return Decision(latent_B=torch.zeros_like(view.thinking_B), record={})
 
@@ -122,6 +132,11 @@ class Method(nn.Module):
 
     # ---- called by the trainer ----------------------------------------------------------------------------------------
 
+    @classmethod
+    def check(cls, config: schema.Config, tokenizer) -> list[str]:
+        """Sentences to warn the user with; UserError for what cannot work. Called before any model is loaded."""
+        return []
+
     def param_groups(self) -> list[ParamGroup]:
         """Every parameter of the method must match exactly one prefix."""
         return []
@@ -130,9 +145,17 @@ class Method(nn.Module):
         """Advantage [G] of each rollout of a group, float32."""
         return advantages.of_group(group, objective)
 
+    def action_advantages(self, group: Group) -> list[float | list[float]]:
+        """What each rollout's actions are learnt with: one number for all of them, or one for each."""
+        return group.advantage_G.tolist()
+
     def score(self, policy, batch: Batch, temperature: float) -> Scored:
-        """Log-probabilities and entropies of the scored tokens, differentiable."""
+        """Log-probabilities and entropies of the scored actions, differentiable."""
         return policy.score(batch, temperature)
+
+    def reference_logprob(self, policy, batch: Batch, temperature: float) -> Tensor:
+        """The same log-probabilities [A] under the frozen reference."""
+        return policy.reference_logprob(batch, temperature)
 
     def loss(self, policy, batch: Batch, temperature: float, objective: ObjectiveConfig) -> Loss:
         """The loss of a microbatch: the surrogate on the log-probabilities of `score`, here fused with the head that makes them.
@@ -140,6 +163,10 @@ class Method(nn.Module):
         A method that scores something else overrides both, this one with `objectives.surrogate(self.score(...), ...)`.
         """
         return policy.loss(batch, temperature, objective)
+
+    def group_statistics(self, group: Group) -> dict[str, Tensor]:
+        """Sums over a group, once it has its advantages, in the form of `statistics`."""
+        return {}
 
     @torch.no_grad()
     def statistics(self, token_ids_T: Tensor, latent_T: Tensor, record_T: Record | None) -> dict[str, Tensor]:

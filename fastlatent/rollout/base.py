@@ -47,6 +47,10 @@ class RolloutEngine(Protocol):
     method: Method  # the engine's own instance; its weights arrive through load_weights under `method.`
 
     @classmethod
+    def check(cls, config: EngineConfig, model: PretrainedConfig, device: torch.device) -> None:
+        """UserError where this engine cannot run such a model here; called before any weights are loaded."""
+
+    @classmethod
     def build(cls, config: EngineConfig, parts: EngineParts) -> RolloutEngine: ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:

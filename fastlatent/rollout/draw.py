@@ -35,7 +35,7 @@ def look(hidden_BD: Tensor, weight_VD: Tensor, table_VD: Tensor, needs: frozense
     return StepView(
         token_B=head.token_B, read_B=head.token_B, logprob_B=head.logprob_B, log_kept_B=log_kept_B,
         entropy_B=head.entropy_B, hidden_BD=hidden_BD, thinking_B=torch.zeros_like(head.token_B, dtype=torch.bool),
-        seed=seed, counter_B3=counter_B3, **extra)
+        seed=seed, counter_B3=counter_B3, sampling=sampling, **extra)
 
 
 def settle(view: StepView, span: ThinkingSpan, span_state: dict[str, Tensor], method: Method, state: State, buffers: Buffers,
@@ -45,6 +45,8 @@ def settle(view: StepView, span: ThinkingSpan, span_state: dict[str, Tensor], me
     Changes `span_state` and `state` in place. Returns the tokens to be read next, [B], and what the method decided of them.
     """
     live_B = ~span_state["done"]
+    view.thinking_B, view.is_end_V = span.is_thinking(span_state), span.is_end_V
+    method.draw(view, state)
     advance = span.advance(view.token_B, span_state)
     view.read_B, view.thinking_B = advance.read_B, advance.thinking_B
     decision = method.decide(view, state)

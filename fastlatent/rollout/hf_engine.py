@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from fastlatent import attention
@@ -92,6 +92,10 @@ class HFEngine:
         self.version = -1
         self._prefilled: Prefill | None = None  # the latest, in case the same prompts come again
         self._step = torch.compile(self.step, fullgraph=True, dynamic=False) if config.compile else self.step
+
+    @classmethod
+    def check(cls, config: Config, model: PretrainedConfig, device: torch.device) -> None:
+        """Runs wherever the trainer does."""
 
     @classmethod
     def build(cls, config: Config, parts: EngineParts) -> HFEngine:
@@ -207,13 +211,14 @@ class HFEngine:
 
     def draw(self, rows: Rows, hidden_BD: Tensor, buffers: Buffers, sampling: Sampling) -> None:
         """Draw a token from each hidden state, let the method decide, write down what happened, make the next input."""
-        lm_head = self.model.lm_head
-        weight_VD = lm_head.packed if self.packed_layers else lm_head.weight
-        counter_B3 = torch.cat([rows.time_B[:, None], rows.counter_B2], dim=1)
-        view = look(hidden_BD, weight_VD, self.model.get_input_embeddings().weight, self.method.needs, sampling, self.seed,
-                    counter_B3)
-        read_B, decision = settle(view, self.span, rows.span, self.method, rows.state, buffers, rows.slot_B, rows.time_B)
-        rows.input_BD = self.method.embed(read_B, decision.latent_B, decision.record or None).to(self.dtype)
+        with span("rollout/sample"):
+            lm_head = self.model.lm_head
+            weight_VD = lm_head.packed if self.packed_layers else lm_head.weight
+            counter_B3 = torch.cat([rows.time_B[:, None], rows.counter_B2], dim=1)
+            view = look(hidden_BD, weight_VD, self.model.get_input_embeddings().weight, self.method.needs, sampling, self.seed,
+                        counter_B3)
+            read_B, decision = settle(view, self.span, rows.span, self.method, rows.state, buffers, rows.slot_B, rows.time_B)
+            rows.input_BD = self.method.embed(read_B, decision.latent_B, decision.record or None).to(self.dtype)
 
     def _drop(self, rows: Rows, done: list[bool], cache: attention.KVCache, buffers: Buffers, used: int) -> Rows:
         """Without the finished rows, once enough of them have gathered to pay for moving the others."""

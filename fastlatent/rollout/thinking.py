@@ -97,6 +97,7 @@ class ThinkingSpan:
         self.forced_F = torch.tensor(forced_ids or [0], device=device)
         self.is_eos_V = torch.zeros(vocab_size, dtype=torch.bool)
         self.is_eos_V[eos_ids] = True
+        self.is_end_V = _contains(tokens, [thinking.end]).to(device)
         self.ends_thinking_V = (_contains(tokens, thinking.stop) | self.is_eos_V).to(device)
         self.ends_answer_V = (_contains(tokens, answer.stop) | self.is_eos_V).to(device)
         self.is_eos_V = self.is_eos_V.to(device)
@@ -116,6 +117,10 @@ class ThinkingSpan:
         state = {name: zeros.clone() for name in names}
         state |= {name: zeros.bool() for name in ("done", "stopped", "forced_end")}
         return state
+
+    def is_thinking(self, state: dict[str, Tensor]) -> Tensor:
+        """Rows whose next token is drawn while thinking, bool [B]."""
+        return state["phase"] == THINKING
 
     def advance(self, token_B: Tensor, state: dict[str, Tensor]) -> Advance:
         """Step every row by its drawn token; changes `state` in place. Rows that are done stay done."""

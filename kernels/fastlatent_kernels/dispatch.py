@@ -5,18 +5,21 @@ every other implementation is tested against. `<op>/<name>_impl.py` registers a 
 whole op.
 
 The choice has two questions for each backend, in order: can it run this call (`why_not`), and does it pay
-(`passed_over`)? A backend named by the caller is asked only the first.
+(`passed_over`), by rule or by what `measured.py` knows? A backend named by the caller is asked only the first.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+from fastlatent_kernels import measured
 
 OPS: dict[str, Op] = {}
 """Every op by name; tests and benchmarks iterate over it."""
@@ -46,23 +49,25 @@ class Op:
         self._check = check
         self._impls: dict[str, Callable] = {"reference": reference}
         self._supports: dict[str, Callable[..., str | None]] = {}
-        self._slower: dict[str, Callable[..., str | None]] = {}
+        self._rules: dict[str, Callable[..., str | None]] = {}
+        self.measured = measured.TABLE.get(self.name, {})
+        self._first = next(iter(inspect.signature(reference).parameters))
         OPS[self.name] = self
 
     def backend(self, name: str, *, supports: Callable[..., str | None],
-                slower: Callable[..., str | None] | None = None) -> Callable[[Callable], Callable]:
+                rule: Callable[..., str | None] | None = None) -> Callable[[Callable], Callable]:
         """Register an implementation.
 
         Args:
             supports: called with the op's arguments; returns None, or the sentence that says why it cannot run.
-            slower: called likewise where it can; returns None, or the sentence that says what was measured to be faster
-                for such a call. None where it is always worth its place in the order.
+            rule: called likewise where it can; returns None, or the sentence that says why only a caller who names it
+                gets it. What was measured to be slow needs no rule.
         """
 
         def register(impl: Callable) -> Callable:
             self._impls[name], self._supports[name] = impl, supports
-            if slower is not None:
-                self._slower[name] = slower
+            if rule is not None:
+                self._rules[name] = rule
             return impl
 
         return register
@@ -78,9 +83,24 @@ class Op:
 
     def passed_over(self, name: str, *args, **kwargs) -> str | None:
         """None when the automatic choice takes `name`, which can run this call, else one sentence saying why not."""
+        reason = self.by_rule(name, *args, **kwargs)
+        if reason is not None or not self.measured:
+            return reason
+        first = args[0] if args else kwargs[self._first]
+        known = self.measured.get((name, first.device.type))
+        # asked only where the answer counts: torch.compile would guard on the rows
+        if known is None or not known.is_ever_slower:
+            return None
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        is_half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors)
+        return known.slower(first.shape[0], learns, is_half)
+
+    def by_rule(self, name: str, *args, **kwargs) -> str | None:
+        """None unless a rule, whatever was measured, keeps the automatic choice from `name`: else its sentence."""
         if name == "triton" and _is_interpreted():
             return "its interpreter is for tests: name it to run it"
-        return self._slower[name](*args, **kwargs) if name in self._slower else None
+        return self._rules[name](*args, **kwargs) if name in self._rules else None
 
     def chosen(self, *args, **kwargs) -> str:
         """Name of the backend this call would use; raises as the call itself would."""

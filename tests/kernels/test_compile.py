@@ -13,8 +13,8 @@ BACKENDS = [pytest.param(op, backend, id=f"{op.name}-{backend}") for op in OPS.v
             for backend in (*op.order, "reference")]
 
 
-def inputs_of(op, shape_at: int = 1):
-    return cases_of(op).make_inputs(cases_of(op).TEST_SHAPES[shape_at], dtype=torch.float32, device="cpu")
+def inputs_of(op, shape_at: int = 1, dtype: torch.dtype = torch.float32):
+    return cases_of(op).make_inputs(cases_of(op).TEST_SHAPES[shape_at], dtype=dtype, device="cpu")
 
 
 @pytest.mark.parametrize(("op", "backend"), BACKENDS)
@@ -85,6 +85,12 @@ def test_operators_are_well_registered():
             if not refuses(op, backend, "cpu", inputs_of(op)):
                 with CallsInBackward(), CallsAboveAutograd():
                     run(op, inputs_of(op), backend)
+    in_float32 = dict(CALLS)
+    for op in OPS.values():
+        if "native" in op.order:  # some of its operators are there for bfloat16 alone
+            with CallsInBackward(), CallsAboveAutograd():
+                run(op, inputs_of(op, dtype=torch.bfloat16), "native")
+    CALLS.update(in_float32)
     if not torch.cuda.is_available():
         keys = "CPU", "CompositeExplicitAutograd"
         assert CALLS.keys() == {name.replace("::", ".") for name in LIBRARY._op_defs if any(

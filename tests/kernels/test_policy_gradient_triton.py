@@ -190,10 +190,11 @@ def test_operators_are_well_registered():
     torch.library.opcheck(names.surrogate_sums.default, (logprob.requires_grad_(), *rest, *options))
     logits, (target, *given) = torch.randn(5, 40), (x[:5] for x in inputs[2:])
     target %= 40
-    torch.library.opcheck(names.read_logit_rows.default, (logits, target, 0.7))
+    temperature = torch.full((5,), 0.7)
+    torch.library.opcheck(names.read_logit_rows.default, (logits, target, temperature))
     lse, entropy = torch.logsumexp(logits / 0.7, dim=1), torch.rand(5)
     torch.library.opcheck(names.grad_logit_rows.default,
-                          (logits, target, lse, entropy, torch.randn(5), torch.randn(5), 0.7, torch.float32))
+                          (logits, target, lse, entropy, torch.randn(5), torch.randn(5), temperature, torch.float32))
     for old, grad_dtype in ((given[0], torch.float32), (None, None)):
         torch.library.opcheck(names.loss_logit_rows.default,
                               (logits, target, old, *given[1:], 0.7, *options, grad_dtype))

@@ -76,6 +76,79 @@ def test_several_targets_a_row_are_each_on_its_own(backend):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("num_targets", [1, 3])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_every_row_has_its_own_temperature(backend, num_targets):
+    """70 rows are two chunks."""
+    hidden, weight, _ = inputs(70, 6, 40, torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    target_AK = torch.randint(40, (70, num_targets), generator=generator)
+    temperature_A = torch.tensor([1.0, 0.6, 2.5]).repeat(24)[:70].double()
+    direction_AK, direction_A = torch.randn(70, num_targets, generator=generator), torch.randn(70, generator=generator)
+    given = target_AK if num_targets > 1 else target_AK[:, 0]
+    logprob_A, entropy_A = token_logprob(hidden, weight, given, temperature_A, backend=backend)
+    loss = (logprob_A.view(70, -1) * direction_AK).sum() + (entropy_A * direction_A).sum()
+    got = torch.autograd.grad(loss, (hidden, weight))
+    double, double_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    logp_AV = ((double @ double_weight.t()) / temperature_A[:, None]).log_softmax(dim=1)
+    exact_AK, exact_A = logp_AV.gather(1, target_AK), -(logp_AV.exp() * logp_AV).sum(dim=1)
+    want = torch.autograd.grad((exact_AK * direction_AK).sum() + (exact_A * direction_A).sum(), (double, double_weight))
+    assert logprob_A.dtype == entropy_A.dtype == torch.float32
+    for a, b in zip((logprob_A.view(70, -1), entropy_A, *got), (exact_AK, exact_A, *want), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=5e-5)
+
+
+def test_one_temperature_for_each_row_compiles_whole():
+    torch._dynamo.reset()
+    hidden, weight, target = inputs(70, 6, 40)
+    temperature = torch.rand(70, generator=torch.Generator().manual_seed(0)) + 0.3
+    compiled = torch.compile(token_logprob, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (compiled, token_logprob):
+        logprob, entropy = f(hidden, weight, target, temperature)
+        results.append((logprob, entropy, *torch.autograd.grad((logprob - entropy).sum(), (hidden, weight))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("temperature", "message"), [
+    (0.0, "temperature: expected a number above 0, got 0.0"),
+    (torch.tensor([1.0, -0.5, 1.0]), "temperature: expected numbers above 0, got -0.5"),
+    (torch.tensor([1.0, torch.nan, 1.0]), "temperature: expected numbers above 0, got nan"),
+    (torch.ones(2), r"temperature: expected a float64 or float32 tensor of shape \[3\] on cpu, got float32 \[2\]"),
+    (torch.ones(3, 1), r"temperature: expected .* of shape \[3\]"), (torch.tensor(1.0), r"temperature: .* got float32 \[\]"),
+    (torch.ones(3).int(), "temperature: expected a float64 or float32 tensor")])
+def test_wrong_temperatures_are_named(temperature, message):
+    hidden, weight, target = inputs(3, 6, 40)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        token_logprob(hidden, weight, target, temperature)
+
+
+@pytest.mark.parametrize("bad", [-1, 40, 2**40])
+def test_ids_outside_the_vocabulary_are_named(bad):
+    hidden, weight, target = inputs(5, 6, 40)
+    target[3] = bad
+    with pytest.raises(ValueError, match=f"^target_A: expected ids from 0 to 39, got .*{bad}"):
+        token_logprob(hidden, weight, target)
+    with pytest.raises(ValueError, match="^target_A: expected ids from 0 to 39"):
+        token_logprob(hidden, weight, target[:, None].repeat(1, 2))
+
+
+def test_where_nothing_can_be_raised_a_bad_row_is_nan_and_no_other():
+    """In a traced call, as on a GPU."""
+    torch._dynamo.reset()
+    hidden, weight, target = inputs(5, 6, 40)
+    want, _ = token_logprob(hidden, weight, target, torch.ones(5))
+    bad_target, temperature = target.clone(), torch.ones(5)
+    bad_target[1], bad_target[2], temperature[4] = -1, 40, 0.0
+    compiled = torch.compile(token_logprob, fullgraph=True, backend="aot_eager")
+    logprob, entropy = compiled(hidden, weight, bad_target, temperature)
+    assert logprob.isnan().tolist() == [False, True, True, False, True]
+    assert entropy.isnan().tolist() == [False, False, False, False, True]
+    torch.testing.assert_close(logprob[[0, 3]], want[[0, 3]])
+    (logprob[0] + logprob[3]).backward()
+
+
 @pytest.mark.parametrize("A", [512, 1500])
 def test_nothing_of_a_quarter_of_the_logits_ever_exists(A):
     hidden, weight, target = inputs(A, 8, 1000, torch.float32)

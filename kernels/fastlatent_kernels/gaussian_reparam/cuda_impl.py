@@ -46,8 +46,8 @@ def _supports(mean_TD, logvar_TD, free_bits=0.0, *, seed=None, counter_T3=None, 
     return None
 
 
-def _slower(*args, **kwargs) -> str:
+def _rule(*args, **kwargs) -> str:
     return "compiled, but never run on a GPU: name it to run it"
 
 
-gaussian_reparam.backend("cuda", supports=_supports, slower=_slower)(register("cuda", "CUDA", _forward, _backward))
+gaussian_reparam.backend("cuda", supports=_supports, rule=_rule)(register("cuda", "CUDA", _forward, _backward))

@@ -36,11 +36,11 @@ def _supports(token_ids_B, mixture_BD, table_VD, weight_2DD, bias_2D, lambda_D, 
     return None if table_VD.shape[1] % 32 == 0 else "cuda takes widths that are multiples of 32"
 
 
-def _slower(*args, **kwargs) -> str:
+def _rule(*args, **kwargs) -> str:
     return "compiled, but never run on a GPU: name it to run it"
 
 
-@hrpo_gate_decode.backend("cuda", supports=_supports, slower=_slower)
+@hrpo_gate_decode.backend("cuda", supports=_supports, rule=_rule)
 @torch.no_grad()
 def _run(token_ids_B, mixture_BD, table_VD, weight_2DD, bias_2D, lambda_D, latent_B, out_BD, compat_eps=0.0):
     _decode(token_ids_B, mixture_BD, table_VD, weight_2DD, bias_2D, lambda_D, latent_B, out_BD, compat_eps)

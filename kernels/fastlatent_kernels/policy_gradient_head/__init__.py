@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastlatent_kernels.check import compute_dtype, expect
+from fastlatent_kernels.check import compute_dtype, expect, expect_ids, expect_number
 from fastlatent_kernels.clipped_surrogate import STATS, check_columns, check_options, clipped_surrogate
 from fastlatent_kernels.dispatch import op
 from fastlatent_kernels.token_logprob import check_head, grad_of_logp, read_rows
@@ -30,8 +30,9 @@ class PolicyGradient(NamedTuple):
 
 def _check(hidden_AD, weight_VD, target_A, old_logprob_A, ref_logprob_A, advantage_A, weight_A, *, temperature=1.0,
            **options) -> None:
-    check_head(hidden_AD, weight_VD, target_A, temperature)
+    check_head(hidden_AD, weight_VD, target_A)
     expect("target_A", target_A, (len(hidden_AD),), (torch.int64,))
+    expect_number("temperature", temperature, "a number above 0", not isinstance(temperature, Tensor) and temperature > 0)
     check_columns(target_A, old_logprob_A=old_logprob_A, ref_logprob_A=ref_logprob_A, advantage_A=advantage_A,
                   weight_A=weight_A)
     check_options(ref_logprob_A, **options)
@@ -52,6 +53,7 @@ def policy_gradient_head(
     Returns:
         `PolicyGradient`. Without an input that requires gradient only the logits are computed: one GEMM.
     """
+    expect_ids("target_A", target_A, len(weight_VD))
     options = (clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef)
     return run_head(loss_rows, hidden_AD, weight_VD, target_A, old_logprob_A, ref_logprob_A, advantage_A, weight_A,
                     temperature, options)

@@ -111,7 +111,10 @@ SIGNATURE = {
     "grad_stride": "i32", "vocab_size": "i32",
     **dict.fromkeys(("inv_temperature", "ratio_low", "ratio_high", "dual_clip", "kl_coef", "entropy_coef"), "fp32"),
 }
+# with every option, and the plain clipped surrogate on policy
+_VARIANTS = {"": {"HAS_OLD": True, "HAS_DUAL": True, "KL": 3}, " plain": {"HAS_OLD": False, "HAS_DUAL": False, "KL": 0}}
 AOT = tuple(
-    Compile(loss_rows_kernel, signature=SIGNATURE, num_warps=NUM_WARPS, label=label, requires=requires,
-            constexprs=QWEN | {"HAS_OLD": True, "HAS_DUAL": True, "KL": 3, "NEEDS_GRAD": needs_grad})
+    Compile(loss_rows_kernel, signature=SIGNATURE, num_warps=NUM_WARPS, label=label + variant, requires=requires,
+            constexprs=QWEN | options | {"NEEDS_GRAD": needs_grad})
+    for variant, options in _VARIANTS.items()
     for label, needs_grad, requires in (("learn", True, ("LDG.E.128", "STG.E.128")), ("look", False, ("LDG.E.128",))))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import fastlatent_kernels._C as _C
+from fastlatent_kernels.check import expect_ids
 from fastlatent_kernels.native import why_not_cpu
 from fastlatent_kernels.soft_embedding import soft_embedding
 from fastlatent_kernels.soft_embedding.operators import register
@@ -15,11 +16,7 @@ _ELEMENTS_PER_THREAD = 1 << 14  # below that, waking a thread costs more than it
 
 def forward(ids_NK, weight_NK, table_VD, out_ND, isa: str = "") -> None:
     """Fill `out_ND`; ValueError for ids that name no row of the table."""
-    vocab_size = len(table_VD)
-    if ids_NK.numel():
-        least, most = (int(x) for x in ids_NK.aminmax())
-        if least < 0 or most >= vocab_size:
-            raise ValueError(f"ids_NK: expected ids from 0 to {vocab_size - 1}, got {least} to {most}")
+    expect_ids("ids_NK", ids_NK, len(table_VD))
     _call(_C.soft_embedding, isa, ids_NK.numel(), ids=ids_NK.long(), weight=weight_NK.float(), table=table_VD,
           out=out_ND, rows=len(ids_NK), mixed=ids_NK.shape[1], width=table_VD.shape[1],
           is_bf16=table_VD.dtype == torch.bfloat16)

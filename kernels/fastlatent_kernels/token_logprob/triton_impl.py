@@ -84,10 +84,11 @@ def write_row(row_ptr, grad_row_ptr, target_ptr, grad_logprob_ptr, grad_logprob,
 
 
 @triton.jit
-def read_rows_kernel(logits_ptr, target_ptr, logprob_ptr, lse_ptr, entropy_ptr, vocab_size, inv_temperature,
+def read_rows_kernel(logits_ptr, target_ptr, inv_temperature_ptr, logprob_ptr, lse_ptr, entropy_ptr, vocab_size,
                      NUM_TARGETS: tl.constexpr, PADDED_TARGETS: tl.constexpr, BLOCK: tl.constexpr):
     """A program a row: log-probabilities [rows, NUM_TARGETS], log-sum-exp and entropy [rows]."""
     row = tl.program_id(0).to(tl.int64)
+    inv_temperature = tl.load(inv_temperature_ptr + row)
     row_ptr = logits_ptr + row * vocab_size
     k = tl.arange(0, PADDED_TARGETS)
     at = row * NUM_TARGETS + k
@@ -101,14 +102,14 @@ def read_rows_kernel(logits_ptr, target_ptr, logprob_ptr, lse_ptr, entropy_ptr, 
 
 @triton.jit
 def grad_rows_kernel(logits_ptr, grad_ptr, target_ptr, lse_ptr, entropy_ptr, grad_logprob_ptr, grad_entropy_ptr,
-                     grad_stride, vocab_size, inv_temperature, NUM_TARGETS: tl.constexpr, BLOCK: tl.constexpr):
+                     inv_temperature_ptr, grad_stride, vocab_size, NUM_TARGETS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     grad_logprob = 0.0
     for k in tl.static_range(NUM_TARGETS):
         grad_logprob += tl.load(grad_logprob_ptr + row * NUM_TARGETS + k)
     write_row(logits_ptr + row * vocab_size, grad_ptr + row * grad_stride, target_ptr + row * NUM_TARGETS,
               grad_logprob_ptr + row * NUM_TARGETS, grad_logprob, tl.load(lse_ptr + row), tl.load(entropy_ptr + row),
-              tl.load(grad_entropy_ptr + row), vocab_size, inv_temperature, NUM_TARGETS, BLOCK)
+              tl.load(grad_entropy_ptr + row), vocab_size, tl.load(inv_temperature_ptr + row), NUM_TARGETS, BLOCK)
 
 
 def block_size(vocab_size: int) -> int:
@@ -124,10 +125,10 @@ def grad_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.view(dtype)[:, :logits.shape[1]]
 
 
-LIBRARY.define("read_logit_rows(Tensor logits, Tensor target, float temperature) -> "
+LIBRARY.define("read_logit_rows(Tensor logits, Tensor target, Tensor temperature) -> "
                "(Tensor logprob, Tensor lse, Tensor entropy)")
 LIBRARY.define("grad_logit_rows(Tensor(a!) logits, Tensor target, Tensor lse, Tensor entropy, Tensor grad_logprob, "
-               "Tensor grad_entropy, float temperature, ScalarType dtype) -> ()")
+               "Tensor grad_entropy, Tensor temperature, ScalarType dtype) -> ()")
 
 
 def _read_rows(logits, target, temperature):
@@ -135,7 +136,7 @@ def _read_rows(logits, target, temperature):
     num_targets = columns(target).shape[1]
     out = _empty_outputs(logits, target)
     read_rows_kernel[(num_rows,)](
-        logits, target.contiguous(), *out, vocab_size, 1.0 / temperature, NUM_TARGETS=num_targets,
+        logits, target.contiguous(), temperature.reciprocal(), *out, vocab_size, NUM_TARGETS=num_targets,
         PADDED_TARGETS=triton.next_power_of_2(num_targets), BLOCK=block_size(vocab_size), num_warps=NUM_WARPS)
     return out
 
@@ -149,8 +150,8 @@ def _grad_rows(logits, target, lse, entropy, grad_logprob, grad_entropy, tempera
     grad = grad_view(logits, dtype)
     given = [x.contiguous() for x in (target, lse, entropy, grad_logprob, grad_entropy)]
     grad_rows_kernel[(num_rows,)](
-        logits, grad, *given, grad.stride(0), vocab_size, 1.0 / temperature, NUM_TARGETS=columns(target).shape[1],
-        BLOCK=block_size(vocab_size), num_warps=NUM_WARPS)
+        logits, grad, *given, temperature.reciprocal(), grad.stride(0), vocab_size,
+        NUM_TARGETS=columns(target).shape[1], BLOCK=block_size(vocab_size), num_warps=NUM_WARPS)
 
 
 LIBRARY.impl("read_logit_rows", _read_rows, "CompositeExplicitAutograd")
@@ -167,18 +168,18 @@ def _fake_grad_rows(logits, *arguments):
     return None
 
 
-def read(logits_RV: Tensor, target_R: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def read(logits_RV: Tensor, target_R: Tensor, temperature_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`read_rows` of the reference, in one pass."""
-    return torch.ops.fastlatent.read_logit_rows(logits_RV, target_R, temperature)
+    return torch.ops.fastlatent.read_logit_rows(logits_RV, target_R, temperature_R)
 
 
 def grad(logits_RV: Tensor, target_R: Tensor, lse_R: Tensor, entropy_R: Tensor, grad_logprob_R: Tensor | None,
-         grad_entropy_R: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor:
+         grad_entropy_R: Tensor | None, temperature_R: Tensor, dtype: torch.dtype) -> Tensor:
     """`grad_rows` of the reference, in one pass over logits that it overwrites."""
     grad_logprob_R = torch.zeros_like(target_R, dtype=lse_R.dtype) if grad_logprob_R is None else grad_logprob_R
     grad_entropy_R = torch.zeros_like(lse_R) if grad_entropy_R is None else grad_entropy_R
     torch.ops.fastlatent.grad_logit_rows(logits_RV, target_R, lse_R, entropy_R, grad_logprob_R, grad_entropy_R,
-                                         temperature, dtype)
+                                         temperature_R, dtype)
     return grad_view(logits_RV, dtype)
 
 
@@ -188,6 +189,8 @@ def _supports(hidden_AD, weight_VD, target_A, temperature=1.0) -> str | None:
 
 @token_logprob.backend("triton", supports=_supports)
 def _run(hidden_AD, weight_VD, target_A, temperature=1.0):
+    if not isinstance(temperature, Tensor):  # the kernels load one for each row
+        temperature = hidden_AD.new_full((len(hidden_AD),), temperature, dtype=torch.float32)
     return TokenLogprob.apply(hidden_AD, weight_VD, target_A, temperature, read, grad)
 
 
@@ -195,13 +198,14 @@ QWEN = {"BLOCK": block_size(151936)}
 AOT = (
     Compile(read_rows_kernel, signature={
         "logits_ptr": "*fp32", "target_ptr": "*i64",
-        **dict.fromkeys(("logprob_ptr", "lse_ptr", "entropy_ptr"), "*fp32"),
-        "vocab_size": "i32", "inv_temperature": "fp32"},
+        **dict.fromkeys(("inv_temperature_ptr", "logprob_ptr", "lse_ptr", "entropy_ptr"), "*fp32"),
+        "vocab_size": "i32"},
         constexprs=QWEN | {"NUM_TARGETS": 1, "PADDED_TARGETS": 1}, num_warps=NUM_WARPS, requires=("LDG.E.128",)),
     *(Compile(grad_rows_kernel, signature={
         "logits_ptr": "*fp32", "grad_ptr": "*bf16", "target_ptr": "*i64",
-        **dict.fromkeys(("lse_ptr", "entropy_ptr", "grad_logprob_ptr", "grad_entropy_ptr"), "*fp32"),
-        "grad_stride": "i32", "vocab_size": "i32", "inv_temperature": "fp32"},
+        **dict.fromkeys(("lse_ptr", "entropy_ptr", "grad_logprob_ptr", "grad_entropy_ptr", "inv_temperature_ptr"),
+                        "*fp32"),
+        "grad_stride": "i32", "vocab_size": "i32"},
         constexprs=QWEN | {"NUM_TARGETS": num_targets}, num_warps=NUM_WARPS, label=f"{num_targets}-targets",
         requires=("LDG.E.128", "STG.E.128")) for num_targets in (1, 8)),
 )

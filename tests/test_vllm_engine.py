@@ -1,0 +1,284 @@
+"""Stock vLLM with our latents: the replay law, and the tokens of the hf engine, whatever the scheduler does on the way."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import replace
+
+import pytest
+import test_replay
+import tiny
+import torch
+from test_replay import BF16_CONTROL_FACTOR, BF16_MEAN_TOLERANCE, FORCED, FP32_TOLERANCE, SAMPLED, TEMPERATURE, batches, gaps
+
+from fastlatent.errors import UserError
+from fastlatent.methods.base import METHODS
+from fastlatent.rollout.vllm_engine import VLLMEngine
+from fastlatent.schema import AnswerConfig, ThinkingConfig
+from fastlatent.types import Rollout, Sampling
+from fastlatent.vllm_plugin import surface
+
+SAMPLING = Sampling(temperature=TEMPERATURE, max_new_tokens=32)
+TRUNCATED = replace(SAMPLING, top_k=50)
+LENGTHS = [3, 41, 70, 8]  # with 32 tokens a step, prompts are read in chunks
+ENDS = {"forced": FORCED, "sampled": SAMPLED}
+CHUNKED = {"max_batch": 16, "max_batch_tokens": 32, "kv_cache_gib": 0.05}
+
+
+@functools.cache
+def policy(method: str = "hrpo", **options):
+    return tiny.policy(method, num_heads=2, **options)  # vLLM's CPU attention wants heads of 32
+
+
+def start(policy_, ends=FORCED, *, max_new: int = 32, max_prompt: int = 256, has_eos: bool = True, **options) -> VLLMEngine:
+    parts = tiny.parts(policy_, *ends, max_new=max_new, max_prompt=max_prompt, has_eos=has_eos)
+    engine = VLLMEngine.build(VLLMEngine.Config(**CHUNKED | options), parts)
+    engine.load_weights(policy_.published(), 0)
+    return engine
+
+
+@functools.cache
+def plain_engine() -> VLLMEngine:
+    """HRPO with forced ends; for tests that leave its weights as they are."""
+    return start(policy())
+
+
+def requests(lengths=LENGTHS, group_size: int = 4, step: int = 0):
+    return tiny.requests(tiny.prompts(lengths), group_size, step)
+
+
+def hf(policy_, ends, requests_, sampling=SAMPLING) -> list[Rollout]:
+    return tiny.engine(policy_, *ends).generate(requests_, sampling)
+
+
+def tokens(rollouts: list[Rollout]) -> list[list[int]]:
+    return [r.token_ids for r in rollouts]
+
+
+# ---- the law -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("method", METHODS.names())
+def test_replay_and_the_tokens_of_the_hf_engine(method, ends):
+    ours = start(policy(method), ENDS[ends]).generate(requests(), SAMPLING)
+    theirs = hf(policy(method), ENDS[ends], requests())
+    assert tokens(ours) == tokens(theirs)
+    for name in ("target_ids", "acted", "latent", "thinking", "finish", "forced_end"):
+        assert [getattr(r, name) for r in ours] == [getattr(r, name) for r in theirs], name
+    assert gaps(policy(method), batches(ours, "packed")).max() <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_replay_of_other_families(family):
+    of_family = policy(family=family, is_tied=family == "llama")
+    ours = start(of_family).generate(requests(), SAMPLING)
+    assert tokens(ours) == tokens(hf(of_family, FORCED, requests()))
+    assert gaps(of_family, batches(ours, "packed")).max() <= FP32_TOLERANCE
+
+
+def test_replay_in_bfloat16():
+    half = policy(dtype="bfloat16")
+    rollouts = start(half).generate(requests(), SAMPLING)
+    mean = gaps(half, batches(rollouts, "packed")).mean()
+    assert mean <= BF16_MEAN_TOLERANCE
+    assert gaps(half, batches(rollouts, "packed"), test_replay.without_latents).mean() >= BF16_CONTROL_FACTOR * mean
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_replay_of_a_truncated_policy(freeze):
+    truncated = policy(freeze_embedding=freeze)
+    rollouts = start(truncated).generate(requests(), TRUNCATED)
+    assert set(rollouts[0].trace.record) == ({"ids", "weights"} if freeze else {"mixture"})
+    assert tokens(rollouts) == tokens(hf(truncated, FORCED, requests(), TRUNCATED))
+    assert gaps(truncated, batches(rollouts, "packed")).max() <= FP32_TOLERANCE
+    assert min(k for r in rollouts for k in r.log_kept) < -0.01
+
+
+@pytest.mark.parametrize("fault", [test_replay.without_latents, test_replay.shifted_record, test_replay.attended_pads])
+def test_a_fault_in_the_batch_is_caught(fault):
+    replayed = batches(plain_engine().generate(requests(), SAMPLING), "packed")
+    assert gaps(policy(), replayed, fault).max() > FP32_TOLERANCE
+    assert gaps(policy(), batches(plain_engine().generate(requests(), SAMPLING), "packed"), fault).mean() > BF16_MEAN_TOLERANCE
+
+
+def test_long_completions():
+    ends = (ThinkingConfig(end="never written"), AnswerConfig())
+    engine = start(policy(), ends, max_new=1024, has_eos=False, max_batch_tokens=256)
+    rollouts = engine.generate(requests([3, 41], 2), replace(SAMPLING, max_new_tokens=1024))
+    assert [len(r.token_ids) for r in rollouts] == [1024] * 4
+    assert gaps(policy(), batches(rollouts, "single")).max() <= FP32_TOLERANCE
+
+
+# ---- what the scheduler does ---------------------------------------------------------------------------------------------
+
+
+def test_preempted_requests_go_on_where_they_were(monkeypatch):
+    # most completions cross from one block of 32 into the next, and there are too few blocks for all
+    engine, wanted = start(policy(), num_kv_blocks=9, max_prompt=64), requests([20, 28, 60])
+    scheduler = engine.engine.engine_core.engine_core.scheduler
+    preempted, stock = [], scheduler._preempt_request
+
+    def count(request, *args, **options):
+        preempted.append(request.num_output_tokens)
+        return stock(request, *args, **options)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", count)
+    rollouts = engine.generate(wanted, SAMPLING)
+    assert len(preempted) > 3 and max(preempted) > 3  # in the middle of their thinking
+    assert tokens(rollouts) == tokens(hf(policy(), FORCED, wanted))
+    assert gaps(policy(), batches(rollouts, "packed")).max() <= FP32_TOLERANCE
+
+
+def test_a_group_reads_its_prompt_once(monkeypatch):
+    engine = plain_engine()
+    known, stock = [], engine.runner._update_states
+
+    def look(scheduler_output):
+        known.extend(new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs)
+        return stock(scheduler_output)
+
+    monkeypatch.setattr(engine.runner, "_update_states", look)
+    rollouts = engine.generate(requests([70], 12, step=3), SAMPLING)
+    assert sorted(known)[-6:] == [64] * 6  # two whole blocks of 32
+    assert gaps(policy(), batches(rollouts, "packed")).max() <= FP32_TOLERANCE
+
+
+def test_200_requests_over_16_slots_in_any_order():
+    engine, wanted = plain_engine(), requests([3 + 3 * (i % 20) for i in range(50)], 4)
+    shuffled = random.Random(0).sample(wanted, len(wanted))
+    together = engine.generate(shuffled, SAMPLING)
+    assert [r.request for r in together] == shuffled
+    in_order = dict(zip(map(id, shuffled), tokens(together), strict=True))
+    assert [in_order[id(r)] for r in wanted] == tokens(hf(policy(), FORCED, wanted))
+    alone = [engine.generate([request], SAMPLING)[0] for request in shuffled[:5]]
+    assert tokens(alone) == tokens(together[:5])
+
+
+def test_aborted_requests_leak_no_slot(monkeypatch):
+    engine, stock, draw = plain_engine(), plain_engine().engine.step, random.Random(0)
+
+    class Stop(Exception):
+        pass
+
+    aborted = 0
+    for _ in range(25):
+        left = iter(range(draw.randint(0, 20)))
+
+        def step():
+            if next(left, None) is None:
+                raise Stop
+            return stock()
+
+        monkeypatch.setattr(engine.engine, "step", step)
+        with pytest.raises(Stop):
+            engine.generate(requests(LENGTHS * 10, 1), SAMPLING)
+        aborted += 40
+    monkeypatch.setattr(engine.engine, "step", stock)
+    assert aborted == 1000 and len(engine.slots.free) == 16 and not engine.slots.slot_of
+    assert tokens(engine.generate(requests(), SAMPLING)) == tokens(hf(policy(), FORCED, requests()))
+    assert not engine.runner.requests.keys() - engine.runner.row_of.keys()
+
+
+def test_greedy_and_sampled_calls_share_nothing_they_should_not():
+    engine, greedy = plain_engine(), replace(SAMPLING, greedy=True)
+    for sampling in (greedy, SAMPLING, greedy):
+        assert tokens(engine.generate(requests(), sampling)) == tokens(hf(policy(), FORCED, requests(), sampling))
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------------
+
+
+def moved(policy_):
+    """The policy with every weight changed, its method's too."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in policy_.named_parameters():
+            parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    return policy_
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_new_weights_are_the_trainers(is_tied, monkeypatch):
+    policy_ = tiny.policy("hrpo", num_heads=2, is_tied=is_tied)
+    engine = start(policy_)
+    before = engine.generate(requests(), SAMPLING)
+    moved(policy_)
+    assert gaps(policy_, batches(before, "packed")).max() > FP32_TOLERANCE
+    engine.load_weights(policy_.published(), 1)
+    after = engine.generate(requests(), SAMPLING)
+    assert {r.version for r in before} == {0} and {r.version for r in after} == {1}
+    assert tokens(after) == tokens(hf(policy_, FORCED, requests()))
+    assert gaps(policy_, batches(after, "packed")).max() <= FP32_TOLERANCE
+
+    # the head as vLLM leaves it on a CPU when tied weights are reloaded: in the layout of the old ones
+    stale = engine.own_head_weight_VD
+    monkeypatch.setattr(engine, "_own_head_weight", lambda weight_VD: stale)
+    engine.load_weights(moved(policy_).published(), 2)
+    assert gaps(policy_, batches(engine.generate(requests(), SAMPLING), "packed")).max() > FP32_TOLERANCE
+
+
+def test_merged_adapters_arrive():
+    from fastlatent.schema import LoraConfig
+
+    policy_ = tiny.policy("hrpo", num_heads=2, lora=LoraConfig(r=4, alpha=8))
+    engine = start(policy_)
+    with torch.no_grad():
+        for name, parameter in policy_.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    engine.load_weights(policy_.published(), 1)
+    assert gaps(policy_, batches(engine.generate(requests(), SAMPLING), "packed")).max() <= FP32_TOLERANCE
+
+
+def test_a_stream_without_the_methods_weights_is_refused():
+    engine = start(policy())
+    with pytest.raises(RuntimeError, match="lacked method.gate_"):
+        engine.load_weights(((n, t) for n, t in policy().published() if not n.startswith("method.")), 1)
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(surface, "installed", lambda: None)
+    with pytest.raises(UserError, match="vllm is not installed; install it with `make vllm`"):
+        VLLMEngine.check(VLLMEngine.Config(), policy().base.config, CPU)
+
+
+def test_a_build_for_another_device_is_named(monkeypatch):
+    monkeypatch.setattr(surface, "installed", lambda: ("vllm", "0.26.0"))
+    with pytest.raises(UserError, match="vllm 0.26.0 does not run on cpu"):
+        VLLMEngine.check(VLLMEngine.Config(), policy().base.config, CPU)
+
+
+def test_what_a_version_lacks_is_named(monkeypatch):
+    monkeypatch.setitem(surface.SURFACE, "v1", {"vllm.v1.outputs": ["SamplerOutput", "Nowhere.at_all"], "vllm.gone": ["x"]})
+    with pytest.raises(UserError, match=r"lacks vllm.v1.outputs.Nowhere.at_all, vllm.gone \(no module vllm.gone\)"):
+        VLLMEngine.check(VLLMEngine.Config(), policy().base.config, CPU)
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_the_installed_version_has_all_we_stand_on(runner):
+    assert surface.missing(runner) == []
+
+
+def test_an_unknown_family_is_named():
+    config = policy().base.config
+    other = type("GemmaConfig", (type(config),), {"model_type": "gemma"})()
+    with pytest.raises(UserError, match="vllm runs llama, qwen2, qwen3 models here, not 'gemma'"):
+        VLLMEngine.check(VLLMEngine.Config(), other, CPU)
+
+
+def test_a_prompt_or_completion_that_does_not_fit_is_named():
+    with pytest.raises(UserError, match="prompt 0: 300 tokens and a completion of 22 are 322, more than the 278"):
+        plain_engine().generate(requests([300], 1), SAMPLING)
+    assert len(plain_engine().slots.free) == 16
+
+
+def test_too_little_memory_is_one_sentence():
+    with pytest.raises(UserError, match="engine: vllm did not start: .*engine.kv_cache_gib"):
+        start(policy(), kv_cache_gib=1e-6)

@@ -1,0 +1,39 @@
+"""vLLM's second model runner, the one for GPUs, with our model state: run on a CPU with its kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_replay import FP32_TOLERANCE
+
+
+@functools.cache
+def story() -> dict:
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, here / "vllm_v2_story.py"], capture_output=True, text=True, timeout=600, cwd=here.parent,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(here.parent / "kernels")])})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_it_is_the_second_runner():
+    assert story()["runner"].startswith("vllm.v1.worker.cpu.model_runner.")
+
+
+@pytest.mark.parametrize("part", ["forced", "reloaded", "sampled"])
+def test_replay_and_the_tokens_of_the_hf_engine(part):
+    found = story()[part]
+    assert found["same_tokens"] and found["same_latents"]
+    assert found["gap"] <= FP32_TOLERANCE < found["gap_without_latents"]
+    assert found["free_slots"] == 4
+    assert found["version"] == (1 if part == "reloaded" else 0)
+
+
+def test_preempted_requests_go_on_where_they_were():
+    assert max(story()["forced"]["preempted"]) > 3

@@ -14,7 +14,7 @@ from fastlatent import __version__
 from fastlatent.errors import UserError
 from fastlatent.layers import is_override, recipes
 
-USAGE = "python -m fastlatent.train RECIPE | FILE.yaml ... [key=value ...]"
+USAGE = "python -m fastlatent.{command} RECIPE | FILE.yaml ... [key=value ...]"
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -36,12 +36,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The layers (recipes, files) and the overrides of a training command.
+def parse_args(argv: Sequence[str], command: str = "train") -> tuple[list[str], list[str]]:
+    """The layers (recipes, files) and the overrides of a training command, train or sft.
 
     Prints and exits for --help and --version; without any words prints usage and recipes to stderr and exits with 2.
     """
-    parser = Parser(prog="python -m fastlatent.train", add_help=False)
+    parser = Parser(prog=f"python -m fastlatent.{command}", add_help=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="version", version=f"fastlatent {__version__}")
@@ -49,17 +49,17 @@ def parse_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     if args.help:
         from fastlatent.helptext import help_text  # imports every family member
 
-        print(help_text())
+        print(help_text(command))
         sys.exit(0)
     if not args.words:
-        print(usage(), file=sys.stderr)
+        print(usage(command), file=sys.stderr)
         sys.exit(2)
     return [w for w in args.words if not is_override(w)], [w for w in args.words if is_override(w)]
 
 
-def usage() -> str:
+def usage(command: str = "train") -> str:
     """How to call it, and what recipes there are."""
     known = recipes()
     width = max(map(len, known))
     lines = [f"  {name:{width}}  {description}" for name, description in known.items()]
-    return "\n".join([f"usage: {USAGE}", "", "recipes:", *lines, "", "--help lists every option."])
+    return "\n".join([f"usage: {USAGE.format(command=command)}", "", "recipes:", *lines, "", "--help lists every option."])

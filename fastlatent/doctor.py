@@ -21,20 +21,20 @@ Rows = list[tuple[str, str]]
 
 
 class Extra(NamedTuple):
-    """An optional dependency: what installs it, what Python imports, what needs it."""
+    """An optional dependency: what pip calls it, what Python imports, what needs it."""
 
-    install: str
+    requirement: str
     module: str
     use: str
 
 
 EXTRAS = {
-    "math": Extra("pip install math-verify", "math_verify", "the reward math_equal"),
-    "data": Extra("pip install datasets", "datasets", "data.name=hub"),
-    "track": Extra("pip install tensorboard", "tensorboard", "log.trackers=[tensorboard]"),
-    "gpu": Extra("pip install nvtx", "nvtx", "named ranges in Nsight Systems"),
-    "triton": Extra("pip install triton", "triton", "kernels for a GPU"),
-    "vllm": Extra(surface.INSTALL["cuda" if torch.cuda.is_available() else "cpu"], "vllm", "engine.name=vllm"),
+    "math": Extra("math-verify", "math_verify", "the reward math_equal"),
+    "data": Extra("datasets", "datasets", "data.name=hub"),
+    "track": Extra("tensorboard", "tensorboard", "log.trackers=[tensorboard]"),
+    "gpu": Extra("nvtx", "nvtx", "named ranges in Nsight Systems"),
+    "triton": Extra("triton", "triton", "kernels for a GPU"),
+    "vllm": Extra("vllm==0.26.0", "vllm", "engine.name=vllm"),
 }
 """By the name of the extra in pyproject.toml."""
 
@@ -100,8 +100,12 @@ def _extras() -> Rows:
     for name, extra in EXTRAS.items():
         is_there = importlib.util.find_spec(extra.module) is not None
         rows.append((name, f"{'installed' if is_there else 'missing'}: {extra.use}"
-                     + ("" if is_there else f"; {extra.install}")))
+                     + ("" if is_there else f"; {_remedy(name, extra)}")))
     return rows + _vllm()
+
+
+def _remedy(name: str, extra: Extra) -> str:
+    return surface.INSTALL["cpu"] if name == "vllm" and not torch.cuda.is_available() else f"pip install {extra.requirement}"
 
 
 def _vllm() -> Rows:

@@ -33,6 +33,10 @@ def figures_of(rows: list[dict]) -> Iterator[tuple[str, str, Draw]]:
     if _has(rows, "reward"):
         yield ("reward", "Mean reward of the completions learnt from; the band is one standard deviation.",
                partial(_band, rows=rows, name="reward", spread="reward_std"))
+    if _has(rows, "sft/loss"):
+        yield ("loss", "Distance to the demonstrations in nats: cross-entropy of tokens, KL of mixtures, and both as learnt from.",
+               partial(_lines, rows=rows, unit="nats",
+                       names={"sft/loss": "loss", "sft/token_loss": "tokens", "sft/latent_kl": "mixtures"}))
     if _has(rows, "eval/accuracy"):
         yield ("accuracy", "Held-out accuracy of the weights after a step.",
                partial(_lines, rows=rows, unit="accuracy", marker="o",

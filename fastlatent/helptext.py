@@ -21,9 +21,9 @@ from fastlatent.schema import FAMILIES, Config
 WIDTH = 110
 
 
-def help_text() -> str:
+def help_text(command: str = "train") -> str:
     """Usage, recipes, the options of the schema, and each family with its members and their options."""
-    blocks = [usage(), "options, with their defaults:\n"]
+    blocks = [usage(command), "options, with their defaults:\n"]
     blocks += [_entry(path, default, doc) for path, default, doc in options(Config) if path not in FAMILIES]
     docs = field_docs(Config)
     for key in FAMILIES:

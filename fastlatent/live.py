@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 SHOWN = {
-    "reward": ("reward", ".3f"), "completions/mean_length": ("len", ".1f"), "entropy": ("entropy", ".2f"),
+    "reward": ("reward", ".3f"), "sft/loss": ("loss", ".3f"), "sft/latent_kl": ("latent kl", ".3f"), "completions/mean_length": ("len", ".1f"), "entropy": ("entropy", ".2f"),
     "kl": ("kl", ".4f"), "latent/gate_mean": ("gate", ".3f"), "grad_norm": ("grad", ".2f"),
     "perf/tokens_per_s": ("tok/s", ".0f"), "guard/skipped_steps": ("skipped", ".0f"),
 }

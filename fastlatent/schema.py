@@ -126,6 +126,23 @@ class ObjectiveConfig:
 
 
 @dataclass(kw_only=True)
+class SftConfig:
+    chain: str = "chain"
+    """Column of the data with a written chain of thought, a text without `thinking.end`."""
+    tokens_per_latent: int = 0
+    """Tokens of the chain compressed into one latent, a mixture of them, at most method.top_k; 0 leaves the chain a text
+    (cold-start SFT)."""
+    decay: float = 1.0
+    """Weight of each further token in a mixture relative to the one before it; 1 weighs them alike."""
+    noise: bool = True
+    """Read mixtures with the noise that the method draws with; false reads them as they are."""
+    latent_weight: float = 1.0
+    """Weight of the mean KL of the mixtures beside the mean cross-entropy of the tokens, which has 1 (both published)."""
+    answer: str = " {answer}"
+    """What follows the end of thinking; {answer} stands for the row's answer. The end of the turn comes after it."""
+
+
+@dataclass(kw_only=True)
 class MismatchConfig:
     correction: str = "none"
     """What is done where engine and trainer disagree about a token: none, token_truncate, token_mask, sequence_truncate or
@@ -234,7 +251,7 @@ class Config:
     num_steps: int = 20
     """Training steps: each draws, scores and learns from one batch of rollouts."""
     num_prompts: int = 8
-    """Prompts per step."""
+    """Prompts per step; in SFT demonstrations."""
     group_size: int = 8
     """Completions per prompt, at least 2."""
     out: Optional[str] = None
@@ -246,6 +263,8 @@ class Config:
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     answer: AnswerConfig = field(default_factory=AnswerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sft: Optional[SftConfig] = None
+    """How demonstrations are made, for `python -m fastlatent.sft`; null for reinforcement learning."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -136,6 +136,17 @@ def sample_row(step: int, sample: Sample) -> dict:
         "num_thinking": r.num_thinking, "num_latent": sum(r.latent), "token_ids": r.token_ids}
 
 
+def of_demonstrations(step: int, demonstrations: Sequence[Rollout], result: UpdateResult, lr: float) -> dict[str, float]:
+    """What a step of SFT says in the log."""
+    lengths = [len(r.token_ids) for r in demonstrations]
+    out = {"step": step, "learning_rate": lr, "grad_norm": float(result.grad_norm), "sft/loss": float(result.loss),
+           "num_tokens": sum(lengths), "completions/mean_length": fmean(lengths),
+           "thinking/mean_length": fmean(r.num_thinking for r in demonstrations)}
+    seconds = timings()
+    return out | of_statistics(result.statistics) | {f"time/{name}": value for name, value in seconds.items()} | {
+        "perf/tokens_per_s": out["num_tokens"] / seconds["step"]}
+
+
 def of_evaluation(step: int, greedy: Sequence[Sample], sampled: Sequence[Sample]) -> dict[str, float]:
     out = {"step": step, "eval/accuracy": accuracy(greedy),
            "eval/mean_length": fmean(len(s.rollout.token_ids) for s in greedy),

@@ -10,8 +10,9 @@ uninterrupted one would have done, bit for bit.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from traceback import format_exception
 
@@ -44,11 +45,22 @@ from fastlatent.update import Updater, UpdateResult
 MAX_TOLD = 10
 
 
+@dataclass(slots=True)
+class Learnt:
+    """What a step leaves for the log."""
+
+    result: UpdateResult
+    metrics: dict[str, float]
+    rows: list[dict] = field(default_factory=list)  # of samples.jsonl
+    errors: Sequence[str] = ()  # of reward functions
+
+
 class Trainer:
     """`Trainer(load_config("hrpo_quickstart")).run()`; everything that can be wrong with the input is found before a model loads."""
 
     def __init__(self, config: Config, argv: Sequence[str] = ()):
         self.config = config
+        self._check_purpose()
         build.check_engine(config)
         build.device_of(config)
         capture.check(config, argv)
@@ -125,22 +137,14 @@ class Trainer:
             def commit() -> None:
                 committed.enter_context(interrupts.shielded())
 
-            with span("step") as whole:
-                groups, samples, drawn = self._collect()
-                whole.tokens = drawn.num_tokens
-                with span("update") as learning, self.engine.released():
-                    result = self.update(groups, commit)
-                    learning.tokens = result.num_tokens
-                commit()
-                self.step += 1
-                self._sync_weights()
-            metrics = step_metrics.of_step(self.step, groups, samples, drawn, result, self.optimizer.lr)
+            learnt = self._learn(commit)
+            metrics = learnt.metrics
             reset_timings()  # a checkpoint after this step is part of the next line
-            self.guard.count(self.step, result, metrics)
-            self.run_folder.log(metrics, step_metrics.sample_rows(self.step, samples, config.log.samples))
+            self.guard.count(self.step, learnt.result, metrics)
+            self.run_folder.log(metrics, learnt.rows)
             self.trackers.log(metrics, self.step)
             view.step(metrics)
-            self._tell_errors(drawn.errors, view)
+            self._tell_errors(learnt.errors, view)
             for text in self.alarm.step(metrics):
                 view.note(text)
             self.guard.check()
@@ -148,6 +152,20 @@ class Trainer:
         if config.checkpoint.every and self.step % config.checkpoint.every == 0 and self.step < config.num_steps:
             with interrupts.shielded():
                 self._save()
+
+    def _learn(self, commit: Callable[[], None]) -> Learnt:
+        """One step's rollouts and update; `commit` is called before the first weight moves."""
+        with span("step") as whole:
+            groups, samples, drawn = self._collect()
+            whole.tokens = drawn.num_tokens
+            with span("update") as learning, self.engine.released():
+                result = self.update(groups, commit)
+                learning.tokens = result.num_tokens
+            commit()
+            self.step += 1
+            self._sync_weights()
+        metrics = step_metrics.of_step(self.step, groups, samples, drawn, result, self.optimizer.lr)
+        return Learnt(result, metrics, step_metrics.sample_rows(self.step, samples, self.config.log.samples), drawn.errors)
 
     def _collect(self) -> tuple[list[Group], list[Sample], step_metrics.Drawn]:
         """The groups of this step, scored and given their advantages; with filtering, redrawn until they can teach."""
@@ -204,6 +222,10 @@ class Trainer:
         train = self.dataset.train
         return [self._prompt(train[i]) for i in prompt_indices(len(train), self.config.seed, start, self.config.num_prompts)]
 
+    def _check_purpose(self) -> None:
+        if self.config.sft is not None:
+            raise UserError("sft: demonstrations are for python -m fastlatent.sft and would not be read here; wanted sft=null")
+
     def _check_prompts(self) -> None:
         """Find a prompt that is too long now; of a procedural dataset, which names no source, one stands for all."""
         train = self.dataset.train
@@ -223,9 +245,7 @@ class Trainer:
     # ---- evaluation ----------------------------------------------------------------------------------------------------
 
     def _evaluate(self, view: LiveView, interrupts: Interrupts) -> None:
-        config = self.config
-        is_due = config.eval.every and (self.step % config.eval.every == 0 or self.step == config.num_steps)
-        if not is_due or self.evaluated_step == self.step:
+        if not self._is_evaluation_due() or self.evaluated_step == self.step:
             return
         with span("evaluate"):
             metrics = self._held_out_metrics()
@@ -239,6 +259,10 @@ class Trainer:
             if self.step and metrics["eval/accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_step = metrics["eval/accuracy"], self.step
                 self._save()
+
+    def _is_evaluation_due(self) -> bool:
+        every = self.config.eval.every
+        return every > 0 and (self.step % every == 0 or self.step == self.config.num_steps)
 
     def _held_out_metrics(self) -> dict[str, float]:
         greedy = self.last_greedy = self._draw_held_out(greedy=True, num_samples=1)

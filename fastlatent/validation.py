@@ -40,7 +40,7 @@ AT_LEAST = {
     "thinking.max_tokens": 1, "answer.max_tokens": 1, "sampling.max_new_tokens": 1,
     "objective.advantage_eps": 0, "objective.constant_length": 0, "objective.kl_coef": 0, "objective.num_epochs": 1,
     "objective.num_minibatches": 1, "objective.max_filter_rounds": 0,
-    "mismatch.ratio_max": 1, "mismatch.ratio_min": 0, "mismatch.probe_tokens": 0,
+    "sft.tokens_per_latent": 0, "sft.latent_weight": 0, "mismatch.ratio_max": 1, "mismatch.ratio_min": 0, "mismatch.probe_tokens": 0,
     "optim.lr": 0, "optim.weight_decay": 0, "optim.max_grad_norm": 0, "optim.warmup_ratio": 0,
     "update.tokens_per_microbatch": 1, "update.max_bad_steps": 1,
     "eval.every": 0, "eval.num_prompts": 0, "eval.num_samples": 0,
@@ -48,13 +48,13 @@ AT_LEAST = {
 }
 
 ABOVE = {
-    "sampling.temperature": 0, "sampling.top_p": 0, "objective.score_temperature": 0, "objective.clip_low": 0,
+    "sampling.temperature": 0, "sampling.top_p": 0, "sft.decay": 0, "objective.score_temperature": 0, "objective.clip_low": 0,
     "objective.clip_high": 0, "objective.dual_clip": 1, "optim.eps": 0,
 }
 
 AT_MOST = {
     # step and sample share 32 bits of the noise counter; the last step numbers are the parity probe's and evaluation's
-    "num_steps": 2**16 - 2, "group_size": 2**16, "seed": 2**63 - 1, "sampling.top_p": 1, "objective.clip_low": 1, "mismatch.ratio_min": 1,
+    "num_steps": 2**16 - 2, "group_size": 2**16, "seed": 2**63 - 1, "sampling.top_p": 1, "objective.clip_low": 1, "mismatch.ratio_min": 1, "sft.decay": 1,
     "optim.warmup_ratio": 1,
 }
 
@@ -75,6 +75,8 @@ def validate(config: Config) -> None:
     _check_sampling(config)
     _check_thinking(config)
     _check_objective(config)
+    if config.sft is not None:
+        _check("sft.answer", config.sft.answer, "a text that contains {answer}", lambda text: "{answer}" in text)
     _check_optim(config)
     _check_eval(config)
     _check_rewards(config)

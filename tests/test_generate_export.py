@@ -176,7 +176,8 @@ def policy_logits(trained, ids: list[int]) -> torch.Tensor:
     T, nothing = len(ids), torch.zeros(1)
     batch = Batch(
         token_ids_T=torch.tensor(ids), position_T=torch.arange(T), latent_T=torch.zeros(T, dtype=torch.bool),
-        record_T=None, varlen=varlen([T]), score_A=torch.tensor([T - 1]), target_A=torch.zeros(1, dtype=torch.int64),
+        record_T=None, varlen=varlen([T]), score_A=torch.tensor([T - 1]), sequence_A=torch.zeros(1, dtype=torch.int64),
+        target_A=torch.zeros(1, dtype=torch.int64),
         behaviour_logprob_A=nothing, advantage_A=nothing, weight_A=nothing)
     return trained.policy.hidden(batch)[-1] @ trained.policy.head_weight.T
 

@@ -35,7 +35,7 @@ def hard(completion, answer, difficulty, **columns):
     return difficulty * float(answer in completion)
 '''
 SMALL = ["num_steps=2", "sampling.max_new_tokens=24", "eval.num_prompts=4", "log.live=quiet", "log.samples=99",
-         "model.path=model"]
+         "model.path=model", "model.dtype=float32"]
 QUICK = ["grpo_quickstart", *SMALL, "sampling.max_new_tokens=32", "num_prompts=4", "group_size=4", "eval.every=0"]
 
 

@@ -77,9 +77,15 @@ struct SoftmaxRow {
       largest[c] = factor;
     }
     entropy = logf(total) - total_slope / total;
-    lse = row_largest * inv_temperature + logf(total);
+    // fmaf, here and in `logprob`: where a compiler fuses as it likes, two functions that share this differ in the last bit
+    lse = __builtin_fmaf(row_largest, inv_temperature, logf(total));
   }
 };
+
+// Log-probability of a logit of the row.
+static inline float logprob(float logit, float inv_temperature, float lse) {
+  return __builtin_fmaf(logit, inv_temperature, -lse);
+}
 
 // Calls `visit(tile, logits of that tile)` for each tile, the last one filled up with -inf.
 template <class T, class Visit>

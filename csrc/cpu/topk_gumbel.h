@@ -179,7 +179,7 @@ static void topk_gumbel_rows(const TopkGumbel& args) {
       const int64_t at = b * args.top_k + i;
       args.ids[at] = best.id[i];
       args.score[at] = best.logit[i];
-      args.logprob[at] = load_one(row.logits + best.id[i]) * args.inv_temperature - row.softmax.lse;
+      args.logprob[at] = logprob(load_one(row.logits + best.id[i]), args.inv_temperature, row.softmax.lse);
       total += args.weights[at] = expf((best.logit[i] - best.logit[0]) * args.inv_mixture_temperature);
     }
     for (int i = 0; i < args.top_k; i++) args.weights[b * args.top_k + i] /= total;

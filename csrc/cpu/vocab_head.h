@@ -46,7 +46,7 @@ static void vocab_head_rows(const VocabHead& args) {
       token = begin + draw_in_tile(logits + begin, begin, tile_size(tile, args.vocab), args.inv_temperature, noise);
     }
     args.token[b] = token;
-    args.logprob[b] = load_one(logits + token) * args.inv_temperature - softmax.lse;
+    args.logprob[b] = logprob(load_one(logits + token), args.inv_temperature, softmax.lse);
     args.entropy[b] = softmax.entropy;
     if (!keeps_exps) return;
     if (args.unit_p_bf16)

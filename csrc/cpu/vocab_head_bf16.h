@@ -116,7 +116,7 @@ struct OneStream {
     const int64_t place =
         args.greedy ? likeliest(logits, size) : draw_in_tile(logits, first, size, args.inv_temperature, noise);
     args.token[b] = first + place;
-    args.logprob[b] = logits[place] * args.inv_temperature - row.lse;
+    args.logprob[b] = logprob(logits[place], args.inv_temperature, row.lse);
     args.entropy[b] = row.entropy;
     if (args.embed) mix(b, row);
   }

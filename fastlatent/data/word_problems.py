@@ -8,6 +8,9 @@ different numbers comes twice, once for either order of the pair, which keeps bo
 Held out are whole triples (a, b, operation): 16 of the 81 additions and 8 of the 45 take-aways, chosen by hash. The
 other triples make the 39,000 training problems, half of them additions; 128 problems of the held-out triples, 64 of
 each operation, make the held-out set. Neither depends on the run's seed.
+
+Each problem has a chain of thought to imitate, "Tom has 7 + 5 = 12 apples", as its column `chain`: the sentence that GRPO
+comes to write by itself.
 """
 
 from __future__ import annotations
@@ -72,7 +75,9 @@ def problem(id: int, triple: Triple, wording: int) -> Example:
     name, thing = NAMES[rest // len(THINGS)], THINGS[rest % len(THINGS)]
     happens = VERBS[triple.sign][verb].format(b=triple.b)
     question = f"{name} has {triple.a} {thing} and {happens}. How many {thing} does {name} have now?"
-    return Example(id, question, str(triple.a + triple.sign * triple.b))
+    result = triple.a + triple.sign * triple.b
+    chain = f"{name} has {triple.a} {'+' if triple.sign > 0 else '-'} {triple.b} = {result} {thing}"
+    return Example(id, question, str(result), {"chain": chain})
 
 
 def _all_triples() -> list[Triple]:

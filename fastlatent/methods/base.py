@@ -130,6 +130,20 @@ class Method(nn.Module):
         """
         return self.embedding(token_ids_T)
 
+    # ---- called by SFT ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def mixture_size(cls, config: MethodConfig) -> int:
+        """Most tokens of a mixture that can be a latent of this method; 0: none can."""
+        return 0
+
+    def mixture_record(self, ids_NK: Tensor, weights_NK: Tensor, seed: Tensor, counter_N3: Tensor, noise: bool) -> Record:
+        """The record of latents that are these mixtures, as `embed` reads them; `weights_NK` are at least 0 and sum to 1.
+
+        With `noise` as they are read once drawn, where the policy predicts these weights; only where `mixture_size` is above 0.
+        """
+        raise NotImplementedError
+
     # ---- called by the trainer ----------------------------------------------------------------------------------------
 
     @classmethod

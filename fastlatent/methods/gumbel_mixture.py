@@ -106,6 +106,16 @@ def draw(config: MixtureConfig, logits_BV: Tensor, noiseless: bool, seed: Tensor
     return Mixture(head.ids_BK, score_BK, torch.log(p_BK) + head.log_kept_B[:, None], best_B, head.ids_BK[:, 0])
 
 
+def scores_of(config: MixtureConfig, ids_NK: Tensor, weights_NK: Tensor, seed: Tensor, counter_N3: Tensor,
+              noise: bool) -> Tensor:
+    """Scores [N, K] as `draw` would make them of a policy that predicts `weights_NK`; -inf where the weight is 0."""
+    score_NK = torch.log(weights_NK)
+    if noise:
+        gumbel_NK = row_gumbel(seed, ids_NK, STREAM_LATENT, counter_N3).clamp(config.noise.low, config.noise.high)
+        score_NK = score_NK + config.noise.scale * (gumbel_NK + config.noise.shift)
+    return score_NK
+
+
 def noise_of(config: MixtureConfig, score_NK: Tensor, logprob_NK: Tensor) -> Tensor:
     """d [N, K], the noise that recorded scores hold where the model gives their ids `logprob_NK`; -inf where no token is."""
     return score_NK - (kept_logprob(logprob_NK, score_NK) if config.candidates == "renormalised" else logprob_NK)

@@ -123,6 +123,15 @@ class LatentGRPO(Method):
     def weights(self, record_T: Record) -> Tensor:
         return mixture_weights(record_T["score"], self.config.mixture_temperature)
 
+    # ---- imitation -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def mixture_size(cls, config: LatentGRPO.Config) -> int:
+        return config.top_k
+
+    def mixture_record(self, ids_NK: Tensor, weights_NK: Tensor, seed: Tensor, counter_N3: Tensor, noise: bool) -> Record:
+        return {"ids": ids_NK.int(), "score": gumbel_mixture.scores_of(self.config, ids_NK, weights_NK, seed, counter_N3, noise)}
+
     # ---- learning ------------------------------------------------------------------------------------------------------
 
     def advantages(self, group: Group, objective: ObjectiveConfig) -> Tensor:

@@ -27,6 +27,9 @@ def resolve_model(path: str) -> str:
         raise UserError("model.path: wanted a Hugging Face folder or hub name")
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if not (folder / "config.json").is_file() and (folder / "config.yaml").is_file():
+            raise UserError(f"model.path: {path} is a run folder; wanted a model, which python -m fastlatent.export {path} DIR "
+                            "makes of it")
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path: {path} is no Hugging Face folder: it holds no config.json")
         return str(folder)

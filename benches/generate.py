@@ -25,7 +25,7 @@ class Generate:
 
     def drawing(self, requests: Sequence[Request], stop_ids: list[int]) -> Callable[[int], int]:
         """A function that draws a row for each request and returns the number of tokens; its argument is the seed."""
-        input_ids_BP, mask_BP = _left_padded([r.prompt.token_ids for r in requests], self.pad_id)
+        input_ids_BP, mask_BP = left_padded([r.prompt.token_ids for r in requests], self.pad_id)
         input_ids_BP, mask_BP = input_ids_BP.to(self.model.device), mask_BP.to(self.model.device)
         s = self.sampling
         generation_config = GenerationConfig(
@@ -49,7 +49,8 @@ def num_drawn(token_ids_BL: Tensor, stop_ids: list[int]) -> int:
     return int((num_before_BL == 0).sum())
 
 
-def _left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, [B, longest]."""
     longest = max(map(len, rows))
     token_ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]

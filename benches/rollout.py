@@ -1,13 +1,14 @@
 """Tokens per second of our engines, with plain tokens and with HRPO's latents, against transformers' `generate`.
 
-    python -m benches.rollout [--engine vllm,hf,generate] [--mode discrete,hrpo_topk,hrpo_full] [--batch 16,64]
+    python -m benches.rollout [--engine vllm,hf,loop,generate] [--mode discrete,hrpo_topk,hrpo_full] [--batch 16,64]
                               [--ends stops,equal,recipe] [--threads N] [--model PATH]
 
 Prompts, weights, dtype, temperature and the cap of 26 tokens are the quickstart's on all sides. Every case is drawn
 for groups of 8 and for prompts that all differ, and ends in three ways (`ENDS`). Only drawn tokens count: no pads,
 nothing behind a stop, no forced text. `generate` runs as it comes: padded prompts, its own cache, every row carried
 along until the last one stops. `hrpo_topk` mixes the published 50 likeliest tokens, `hrpo_full` the whole vocabulary; the
-latter multiplies with the head's size twice, so its bound beside plain tokens is (body + head) / (body + 2 head).
+latter multiplies with the head's size twice, so its bound beside plain tokens is (body + head) / (body + 2 head). `loop` is a
+plain transformers loop with the same latents (`benches/latent_loop.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from statistics import fmean
 
 from benches import results, setting
 from benches.generate import Generate
+from benches.latent_loop import LatentLoop
 from benches.results import Result
 from benches.timing import Lap, interleave, seconds
 from fastlatent import build, models
@@ -36,7 +38,7 @@ ENDS = {
 MODES = {"discrete": ("discrete",), "hrpo_topk": ("latent", "sampling.top_k=50", "model.freeze_embedding=true"), "hrpo_full": ("latent",)}
 """The recipe of each mode, and what is different in it."""
 OURS = {"hf": ("engine.max_batch={batch}",), "vllm": ("engine.name=vllm", "engine.max_batch={batch}", "engine.max_batch_tokens=4096", "engine.kv_cache_gib=1")}
-ENGINES = (*OURS, "generate")
+ENGINES = (*OURS, "loop", "generate")
 GROUP_SIZE = 8
 
 Draw = Callable[[int], int]  # number of the round -> tokens drawn
@@ -71,13 +73,16 @@ class OurEngine:
         return draw
 
 
-class TheirGenerate:
-    def __init__(self, args, tokenizer):
-        self.config, self.tokenizer = setting.config("discrete", args.model), tokenizer
-        self.generate = Generate(self.config, tokenizer)
+class Plain:
+    """A loop of transformers: its own `generate`, or the latents of a mode step by step."""
+
+    def __init__(self, make: type[Generate] | type[LatentLoop], mode: str, args, tokenizer):
+        recipe, *overrides = MODES[mode]
+        self.config, self.tokenizer = setting.config(recipe, args.model, *overrides), tokenizer
+        self.loop = make(self.config, tokenizer)
 
     def drawing(self, requests: Sequence[Request], ends: str) -> Draw:
-        return self.generate.drawing(requests, stop_ids(self.config, self.tokenizer, ends))
+        return self.loop.drawing(requests, stop_ids(self.config, self.tokenizer, ends))
 
 
 def stop_ids(config: Config, tokenizer, ends: str) -> list[int]:
@@ -92,14 +97,14 @@ def stop_ids(config: Config, tokenizer, ends: str) -> list[int]:
     return sorted({*eos, *holding})
 
 
-def measure(sides: dict[str, OurEngine | TheirGenerate], args, tokenizer) -> list[Result]:
+def measure(sides: dict[str, OurEngine | Plain], args, tokenizer) -> list[Result]:
     out = []
     for batch in args.batches:
         out += _measure(sides, batch, args, tokenizer)
     return out
 
 
-def _measure(sides: dict[str, OurEngine | TheirGenerate], batch: int, args, tokenizer) -> list[Result]:
+def _measure(sides: dict[str, OurEngine | Plain], batch: int, args, tokenizer) -> list[Result]:
     config = setting.config("discrete", args.model)
     prompts = setting.prompts(config, tokenizer, batch)
     fixed = setting.facts(config) | {"max_new_tokens": config.sampling.max_new_tokens}
@@ -128,7 +133,7 @@ def bound(config: Config, mode: str) -> float:
 def _result(case: str, name: str, laps: dict[str, list[Lap]], facts: dict, config: Config) -> Result:
     own, (engine, _, mode) = laps[name], name.partition("-")
     samples = {"rate_tok_s": [lap.rate for lap in own]} | seconds(own)
-    rivals = {"speed_over_generate": "generate", "speed_over_hf": f"hf-{mode}", "speed_over_discrete": f"{engine}-discrete"}
+    rivals = {"speed_over_generate": "generate", "speed_over_loop": f"loop-{mode}", "speed_over_hf": f"hf-{mode}", "speed_over_discrete": f"{engine}-discrete"}
     for metric, rival in rivals.items():
         if rival in laps and rival != name and mode:
             samples[metric] = [lap.rate / theirs.rate for lap, theirs in zip(own, laps[rival], strict=True)]
@@ -175,10 +180,12 @@ def main(argv: list[str]) -> None:
     args.ends = _choices("ends", args.ends, ENDS)
     machine = results.machine()
     tokenizer = build.tokenizer(setting.config("discrete", args.model))
-    sides: dict[str, OurEngine | TheirGenerate] = {
+    sides: dict[str, OurEngine | Plain] = {
         f"{engine}-{mode}": OurEngine(engine, mode, args, tokenizer) for engine in engines if engine in OURS for mode in modes}
+    if "loop" in engines:
+        sides |= {f"loop-{mode}": Plain(LatentLoop, mode, args, tokenizer) for mode in modes if mode != "discrete"}
     if "generate" in engines:
-        sides["generate"] = TheirGenerate(args, tokenizer)
+        sides["generate"] = Plain(Generate, "discrete", args, tokenizer)
     found = measure(sides, args, tokenizer)
     print(f"{len(found)} lines in {results.append(found, machine, args.out)}", file=sys.stderr)
 

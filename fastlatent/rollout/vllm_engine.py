@@ -45,6 +45,8 @@ class VLLMEngine:
         """Share of a GPU's memory for vLLM's weights, keys and values (vLLM: gpu_memory_utilization)."""
         prefix_caching: bool = True
         """Read a prompt once for all of its group."""
+        sleep: bool = True
+        """On a GPU, hand vLLM's memory back while the trainer updates (its sleep mode, level 1)."""
         eager: bool = False
         """Never capture CUDA graphs; on a CPU nothing is ever captured or compiled."""
         block_size: int = 32
@@ -63,6 +65,7 @@ class VLLMEngine:
 
     def __init__(self, config: Config, parts: EngineParts):
         self.config, self.parts, self.span, self.version = config, parts, parts.span, -1
+        self.sleeps = config.sleep and parts.device.type != "cpu"  # a CPU has nothing to hand back to
         self.engine = _start(config, parts)
         self.runner = self.engine.model_executor.driver_worker.worker.model_runner
         self.table = _Table(self.runner.model.model.embed_tokens, parts.model.vocab_size)
@@ -130,7 +133,14 @@ class VLLMEngine:
     @contextmanager
     def released(self) -> Iterator[None]:
         self.engine.reset_prefix_cache()  # the weights are about to change
-        yield
+        if not self.sleeps:
+            yield
+            return
+        self.engine.sleep(level=1)  # weights to the host, keys and values away; what is in our slots is not vLLM's to move
+        try:
+            yield
+        finally:
+            self.engine.wake_up()
 
     def close(self) -> None:
         self.engine.engine_core.shutdown()
@@ -196,7 +206,7 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
 
     register()
     options = ({"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB)} if is_cpu else
-               {"gpu_memory_utilization": config.gpu_memory_share})
+               {"gpu_memory_utilization": config.gpu_memory_share, "enable_sleep_mode": config.sleep})
     if runner == "v1":
         options |= {"enable_prompt_embeds": True, "worker_cls": "fastlatent.vllm_plugin.runner_v1.LatentWorker"}
     if config.num_kv_blocks:

@@ -23,7 +23,7 @@ from fastlatent.packing import varlen
 from fastlatent.trained import open_run
 from fastlatent.types import Batch
 
-WORDS = ["model.path=model", "data.name=jsonl", "data.train=rows.jsonl", "data.held_out_size=4",
+WORDS = ["model.path=model", "model.dtype=float32", "data.name=jsonl", "data.train=rows.jsonl", "data.held_out_size=4",
          "data.answer_after=####", "num_steps=2", "num_prompts=4", "group_size=4", "optim.lr=1e-3",
          "eval.every=1", "eval.num_prompts=4", "eval.ablations=false", "checkpoint.every=1", "checkpoint.keep=9",
          "log.live=quiet", "rewards=[{name: parity.parity}, {name: exact_number, weight: 0.0}]"]

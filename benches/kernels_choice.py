@@ -89,7 +89,7 @@ def speeds(case: kernels_cases.Case, direction: str, flush: Callable[[], object]
 def machine_name() -> str:
     hardware = manifest.hardware()
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
-    cpu = f"{hardware['cpu']} with {torch.backends.cpu.get_cpu_capability()}, {threads}"
+    cpu = f"{hardware['cpu']}, {threads}"
     what = hardware["gpus"][0] if hardware["gpus"] else cpu
     return f"{what}, torch {torch.__version__.partition('+')[0]}, {date.today():%Y-%m}"
 

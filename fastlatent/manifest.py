@@ -100,11 +100,18 @@ def hardware() -> dict[str, Any]:
     """What the run computes on."""
     return {
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": f"{_cpu_model()} with {_cpu_instructions()}",
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _cpu_instructions() -> str:
+    """The widest vectors there are, and whether they multiply bfloat16: one name of a processor may stand for several of these."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512_BF16" if torch.cpu._is_avx512_bf16_supported() else torch.backends.cpu.get_cpu_capability()
 
 
 def _cpu_model() -> str:

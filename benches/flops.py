@@ -11,10 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fastlatent import mfu
 from fastlatent.types import Rollout
-
-PEAK_FLOP_S = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12}
-"""Dense bfloat16, by the vendor's data sheet; the device's name begins with the key."""
 
 
 def update_flops(config, num_body_weights: int, rollouts: Sequence[Rollout]) -> float:
@@ -30,14 +28,10 @@ def update_flops(config, num_body_weights: int, rollouts: Sequence[Rollout]) -> 
     # key places seen by all tokens together: a prompt's own triangle once, and each completion's rows behind it
     pairs = sum(n * (n + 1) / 2 for n in prompt_lengths.values())
     pairs += sum(len(r.token_ids) * (prompt_lengths[r.request.prompt.id] + (len(r.token_ids) + 1) / 2) for r in rollouts)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head * pairs
-    return 3 * (2 * num_body_weights * num_tokens + 2 * config.hidden_size * config.vocab_size * num_acted + attention)
+    weights = 2 * num_body_weights * num_tokens + 2 * config.hidden_size * config.vocab_size * num_acted
+    return 3 * weights + mfu.pair_flops(config) * pairs
 
 
 def peak_flop_s() -> float | None:
-    """What this GPU could do; None where that is not known."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for known, peak in PEAK_FLOP_S.items() if name.startswith(known)), None)
+    """What this GPU could do in bfloat16; None where that is not known."""
+    return mfu.peak_flop_s(torch.device("cuda"), torch.bfloat16) if torch.cuda.is_available() else None

@@ -10,11 +10,12 @@ from copy import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastlatent.errors import UserError
+from fastlatent.flash import Flash
 from fastlatent.types import Varlen
 
 NAME = "fastlatent"
@@ -50,11 +51,16 @@ class Packed:
 
     varlen: Varlen
     cache: KVCache | None = None
+    flash: Flash | None = None  # computes it, without a cache; None: torch's attention
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         where = self.varlen
+        if self.flash is not None and self.cache is None:
+            return self.flash.attend(where, query, key, value, scaling)
         key_SL, value_SL = (_gather(x, where.unpack_SL) for x in (key, value))
         if self.cache is not None:
+            # compiled blocks, which have no cache, must not read their own number: each would be compiled anew
+            layer = module.layer_idx
             self.cache.keys[layer][:, :, : where.max_seqlen] = key_SL
             self.cache.values[layer][:, :, : where.max_seqlen] = value_SL
         mask = None
@@ -96,8 +102,8 @@ class Decode:
         row_B = torch.arange(position_B.shape[0], device=position_B.device)
         return cls(cache, position_B, row_B, place_L[None] <= position_B[:, None], limit)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = self.cache.keys[module.layer_idx], self.cache.values[module.layer_idx]
         keys[self.row_B, :, self.position_B] = key[:, :, 0]
         values[self.row_B, :, self.position_B] = value[:, :, 0]
         B, H, _, head = query.shape
@@ -110,7 +116,7 @@ class Decode:
 
 
 def _attention(module, query, key, value, attention_mask, scaling, layout: Packed | Decode, **_):
-    return layout.attend(module.layer_idx, query, key, value, scaling), None
+    return layout.attend(module, query, key, value, scaling), None
 
 
 # no mask function is registered beside it, so transformers builds no mask tensor

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from shutil import which
 
 import torch
 from fastlatent_kernels.overview import choices
 
-from fastlatent import models
+from fastlatent import flash, liger, mfu, models
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
 from fastlatent.policy import Policy, compute_dtype
@@ -16,6 +17,8 @@ from fastlatent.rollout.thinking import ThinkingSpan, eos_ids
 from fastlatent.schema import Config
 from fastlatent.supported import check_supported
 from fastlatent.types import Sampling
+
+COMPILERS = ("g++", "clang++")
 
 
 def device_of(config: Config) -> torch.device:
@@ -32,7 +35,7 @@ def backends(config: Config) -> dict[str, str]:
     return {c.op: c.backend for c in choices() if (c.device, c.dtype) == (device.type, dtype)}
 
 
-def describe(config: Config) -> str:
+def describe(config: Config, policy: Policy) -> str:
     """What the run computes on and with, in one line."""
     device = device_of(config)
     by_backend: dict[str, list[str]] = {}
@@ -41,7 +44,17 @@ def describe(config: Config) -> str:
     ops = "; ".join(f"{backend}: {', '.join(names)}" for backend, names in sorted(by_backend.items()))
     dtype = str(compute_dtype(config.model, device)).removeprefix("torch.")
     where = f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return f"{config.method.name} on engine {config.engine.name}, {dtype} on {where}; ops {ops}"
+    return f"{config.method.name} on engine {config.engine.name}, {dtype} on {where}; update {_update(config, policy)}; ops {ops}"
+
+
+def _update(config: Config, policy: Policy) -> str:
+    """How the update computes, and by what peak its share of the GPU is measured."""
+    words = [policy.flash.name if policy.flash else "sdpa attention"]
+    words += [name for name in ("liger", "compile") if getattr(config.model, name)]
+    if policy.device.type == "cuda":
+        peak = mfu.peak_flop_s(policy.device, policy.dtype)
+        words.append("MFU n/a" if peak is None else f"MFU of {peak / 1e12:.0f} TFLOP/s")
+    return ", ".join(words)
 
 
 def sampling_of(config: Config, *, greedy: bool = False) -> Sampling:
@@ -57,7 +70,13 @@ def check_model(config: Config) -> None:
     """Find out from its architecture alone whether the model can be trained and rolled out, before its weights are loaded."""
     model = models.skeleton(models.resolve_model(config.model.path), config.model.trust_remote_code)
     check_supported(model, config.model)
-    ENGINES.find(config.engine.name, "engine.name").check(config.engine, model.config, device_of(config))
+    device = device_of(config)
+    flash.choose(config.model.attention, device, compute_dtype(config.model, device), model.config)
+    if config.model.liger:
+        liger.check(model.config, device)
+    if config.model.compile and device.type == "cpu" and not any(map(which, COMPILERS)):
+        raise UserError(f"model.compile: on a CPU torch.compile needs a C++ compiler, one of {', '.join(COMPILERS)} on the PATH")
+    ENGINES.find(config.engine.name, "engine.name").check(config.engine, model.config, device)
 
 
 def check_method(config: Config, tokenizer) -> list[str]:

@@ -1,8 +1,11 @@
 """From a question, a written chain of thought and an answer to the completion to imitate: its chain as text, or compressed
 into mixtures of tokens.
 
-    chain   7  +  5  =  1  2         tokens_per_latent = 2
-    read   [7 +] [5 =] [1 2]  ####   12  <end of turn>
+    chain   "7 + 5 = 12"             tokens_per_latent = 2
+    read    [7 +] [_ 5] [= _] [1 2]  ####  _ 1 2  <end of turn>
+
+A chain may be a list of texts, ["7", " + ", "5", " = ", "1", "2"]: no latent spans two of them. It is worth saying where: a mixture
+knows no order, so of a result whose digits it mixes, every reading of every likely result is superposed, and none is left.
 
 A demonstration is a Rollout that the data wrote instead of the policy, so that what packs and reads rollouts packs and reads
 it, too: the mixtures of `Demonstrated` are its latent actions, everything else its token actions.
@@ -63,13 +66,14 @@ class Demonstrator:
 
     def write(self, prompt: Prompt, source: str) -> Demonstrated:
         """The completion to imitate; UserError that begins with `source`, the row it came from, where there is none."""
-        chain_ids = self._encode(_chain(prompt, self.sft, self.config.thinking.end, source))
+        parts = _chain(prompt, self.sft, self.config.thinking.end, source)
         answer_ids = self._encode(self.end) + self._encode(self.sft.answer.replace("{answer}", prompt.answer))
         answer_ids.append(self.tokenizer.eos_token_id)
-        if self.sft.tokens_per_latent:
-            out = Demonstrated(list(compress(chain_ids, self.sft.tokens_per_latent, self.sft.decay)), [], answer_ids)
+        if K := self.sft.tokens_per_latent:
+            mixtures = [mixture for part in parts for mixture in compress(self._encode(part), K, self.sft.decay)]
+            out = Demonstrated(mixtures, [], answer_ids)
         else:
-            out = Demonstrated([], chain_ids, answer_ids)
+            out = Demonstrated([], self._encode("".join(parts)), answer_ids)
         num_thinking, length = len(out.mixtures) + len(out.chain_ids), len(out.token_ids)
         for path, wanted, came in (("thinking.max_tokens", self.config.thinking.max_tokens, num_thinking),
                                    ("sampling.max_new_tokens", self.config.sampling.max_new_tokens, length)):
@@ -81,15 +85,18 @@ class Demonstrator:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def _chain(prompt: Prompt, sft: SftConfig, end: str, source: str) -> str:
-    chain = prompt.columns.get(sft.chain)
-    if not isinstance(chain, str) or not chain.strip():
-        came = "no such column" if sft.chain not in prompt.columns else "an empty text" if chain == "" or isinstance(
-            chain, str) else type(chain).__name__
-        raise UserError(f"{source}: column {sft.chain!r}: wanted the chain of thought as a text, got {came}")
-    if end in chain:
-        raise UserError(f"{source}: column {sft.chain!r} holds thinking.end={end!r}, which only the end of thinking may")
-    return chain
+def _chain(prompt: Prompt, sft: SftConfig, end: str, source: str) -> list[str]:
+    """The texts of the chain; UserError unless there are some, and the end of thinking is in none."""
+    where = f"{source}: column {sft.chain!r}"
+    if sft.chain not in prompt.columns:
+        raise UserError(f"{where}: wanted the chain of thought, and there is no such column")
+    chain = prompt.columns[sft.chain]
+    parts = chain if isinstance(chain, list) else [chain]
+    if not all(isinstance(part, str) and part for part in parts) or not "".join(parts).strip():
+        raise UserError(f"{where}: wanted the chain of thought, a text or a list of texts, got {chain!r}")
+    if end in "".join(parts):
+        raise UserError(f"{where} holds thinking.end={end!r}, which only the end of thinking may")
+    return parts
 
 
 # ---- as a rollout ---------------------------------------------------------------------------------------------------

@@ -96,6 +96,10 @@ NAMES: dict[str, str] = {
     "perf/tokens_per_s": "completion tokens per second of the whole step",
     "perf/rollout_tokens_per_s": "completion tokens per second of the rollout",
     "perf/peak_memory_gb": "most GPU memory allocated so far, in GiB",
+    "perf/update_tokens_per_s": "packed tokens that the update learnt from per second of it",
+    "perf/update_tflop_per_s": "operations that its forward and backward passes need, in 10^12 per second of the update",
+    "perf/mfu": "those over the dense bfloat16 peak of the GPU; left out where that is not known",
+    "perf/oom_splits": "microbatches of the step that were split in two because memory ran out",
 } | {f"time/{name}": f"seconds of {meaning}" for name, meaning in SPANS.items()}
 """Every metric name and what it says; `{...}` stands for one part without a slash."""
 

@@ -68,6 +68,10 @@ def varlen(lengths: Sequence[int], prefixes: Sequence[int | None] | None = None)
         causal_LL = place_L[:, None] >= place_L
         S = len(lengths)
         out.mask_SLK = torch.cat([seen_SP[:, None].expand(S, longest, -1), causal_LL.expand(S, longest, longest)], dim=2)
+        key_length_S = prefix_length_S + length_S
+        out.key_K = torch.cat([out.prefix_SP, unpack_SL], dim=1)[torch.cat([seen_SP, inside_SL], dim=1)]
+        out.cu_seqlens_k = torch.cat([torch.zeros(1, dtype=torch.int64), key_length_S.cumsum(0)]).int()
+        out.max_seqlen_k = int(key_length_S.max())
     return out
 
 

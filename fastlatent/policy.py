@@ -17,7 +17,7 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fastlatent import attention, objectives
+from fastlatent import attention, flash, liger, objectives, recompute
 from fastlatent.checkpoint import Checkpoint
 from fastlatent.errors import UserError
 from fastlatent.methods.base import Method, MethodConfig, ModelInfo
@@ -53,6 +53,10 @@ class Policy(nn.Module):
         attention.use(model, "model.path")
         self.config, self.dtype = config, compute_dtype(config, model.device)
         self.is_tied = model.get_input_embeddings().weight is model.lm_head.weight
+        self.flash = flash.choose(config.attention, model.device, self.dtype, model.config)
+        if config.liger:
+            liger.check(model.config, model.device)
+            liger.apply(model)
         # without adapters to switch off, the reference has to be a copy
         self._reference = None
         if has_reference and config.lora is None:
@@ -68,8 +72,10 @@ class Policy(nn.Module):
                 model.lm_head.requires_grad_(False)
         self.model = model
         if config.gradient_checkpointing:
-            self.base.config.use_cache = False
-            self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute.enable(self.base, config.gradient_checkpointing)
+        if config.compile:
+            for layer in self.base.model.layers:  # one graph serves all of them, and every length
+                layer.compile(dynamic=True)
         table = EmbeddingInDtype(self.base.get_input_embeddings(), self.dtype)
         self.method = method(method_config, model_info(self.base, config, self.dtype), table)
         self.method.to(self.device)
@@ -91,9 +97,11 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
 
     def _body(self, base, input_TD: Tensor, batch: Batch) -> Tensor:
+        # of a view the first block would be compiled apart from the others
+        input_1TD = input_TD[None].clone() if self.config.compile else input_TD[None]
         with self._autocast():
-            return base.model(inputs_embeds=input_TD[None], position_ids=batch.position_T[None], use_cache=False,
-                              layout=attention.Packed(batch.varlen)).last_hidden_state[0].to(self.dtype)
+            return base.model(inputs_embeds=input_1TD, position_ids=batch.position_T[None], use_cache=False,
+                              layout=attention.Packed(batch.varlen, flash=self.flash)).last_hidden_state[0].to(self.dtype)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [T, D] of a packed batch, its latent inputs rebuilt by the method."""
@@ -138,6 +146,10 @@ class Policy(nn.Module):
     @property
     def reference_head_weight(self) -> Tensor:
         return (self.base if self._reference is None else self._reference[0]).lm_head.weight
+
+    def reference_parameters(self) -> Iterator[nn.Parameter]:
+        """The frozen copy's; none where there is no reference, or switched-off adapters are it."""
+        return iter(()) if self._reference is None else self._reference[0].parameters()
 
     # ---- weights -------------------------------------------------------------------------------------------------------
 

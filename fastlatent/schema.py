@@ -6,7 +6,7 @@ The families (`method`, `engine`, `data`, each entry of `rewards`) are chosen by
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 FAMILIES = {"method": "fastlatent.methods.base:METHODS", "engine": "fastlatent.rollout.base:ENGINES",
             "data": "fastlatent.data.base:DATASETS", "rewards": "fastlatent.rewards.base:REWARDS"}
@@ -37,8 +37,16 @@ class ModelConfig:
     """Train low-rank adapters (peft) instead of every weight. `model.lora={}` turns it on with its defaults."""
     freeze_embedding: bool = False
     """Leave the token embedding (and a tied head) as they are; implied by lora."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of storing its activations."""
+    attention: str = "auto"
+    """How the update attends: flash (flash-attn 2 or 4, on a GPU in bfloat16), sdpa (torch's own) or auto: flash where it can
+    run, else sdpa. The log says which."""
+    liger: bool = False
+    """Compute RMSNorm, SwiGLU and rotary embeddings with liger-kernel; needs a GPU."""
+    compile: bool = False
+    """torch.compile the blocks: slower to start, faster from then on."""
+    gradient_checkpointing: Union[bool, str] = False
+    """true: recompute each block in the backward pass instead of storing its activations. selective: recompute all but what
+    matrix products and attention gave, which saves less memory for hardly any time."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you say so."""
     device: str = "auto"
@@ -128,7 +136,8 @@ class ObjectiveConfig:
 @dataclass(kw_only=True)
 class SftConfig:
     chain: str = "chain"
-    """Column of the data with a written chain of thought, a text without `thinking.end`."""
+    """Column of the data with a written chain of thought without `thinking.end`: a text, or a list of texts, of which no two
+    are compressed into one latent."""
     tokens_per_latent: int = 0
     """Tokens of the chain compressed into one latent, a mixture of them, at most method.top_k; 0 leaves the chain a text
     (cold-start SFT)."""

@@ -52,6 +52,7 @@ def of_step(step: int, groups: Sequence[Group], samples: Sequence[Sample], drawn
         out["perf/rollout_tokens_per_s"] = drawn.num_tokens / seconds["rollout"]
     if seconds.get("step"):
         out["perf/tokens_per_s"] = drawn.num_tokens / seconds["step"]
+    out |= _update_speed(result, seconds.get("update"))
     if torch.cuda.is_available():
         out["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     return out
@@ -114,6 +115,19 @@ def _update(result: UpdateResult) -> dict[str, float]:
            "clip_ratio/dual_mean": sums["dual_clipped"] / count, "policy/approx_kl": sums["approx_kl"] / count,
            "policy/ratio_mean": sums["ratio"] / count}
     return out | mismatch.summary(result.gaps) | of_statistics(result.statistics)
+
+
+def _update_speed(result: UpdateResult, update_s: float | None) -> dict[str, float]:
+    out = {"perf/oom_splits": float(result.num_splits)}
+    if result.loss is None or not update_s:
+        return out
+    out["perf/update_tokens_per_s"] = result.num_tokens / update_s
+    if result.flops is not None:
+        flop_s = float(result.flops) / update_s
+        out["perf/update_tflop_per_s"] = flop_s / 1e12
+        if result.peak_flop_s is not None:
+            out["perf/mfu"] = flop_s / result.peak_flop_s
+    return out
 
 
 def of_statistics(statistics: dict[str, Tensor]) -> dict[str, float]:

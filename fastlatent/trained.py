@@ -41,7 +41,9 @@ def open_run(folder: str, which: str = "best", device: str | None = None) -> Tra
     path = Path(folder)
     if not (path / "config.yaml").is_file():
         raise UserError(f"{folder}: is no run folder: it has no config.yaml")
-    config = load_config(path / "config.yaml", overrides=[f"model.device={device}"] if device else [])
+    # what only makes the update faster may not run here, where nothing is learnt
+    overrides = ["model.attention=auto", "model.liger=false", "model.compile=false"]
+    config = load_config(path / "config.yaml", overrides=[*overrides, f"model.device={device}"] if device else overrides)
     stored = checkpoint.load(_choose(path, which))
     policy = build.policy(config)
     policy.restore(stored)

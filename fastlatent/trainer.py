@@ -18,7 +18,7 @@ from traceback import format_exception
 
 import torch
 
-from fastlatent import advantages, build, capture, evaluation, log, parity, step_metrics
+from fastlatent import advantages, build, capture, evaluation, log, memory_plan, parity, step_metrics
 from fastlatent.alarms import CollapseAlarm
 from fastlatent.checkpoint import Checkpoint
 from fastlatent.config import to_dict
@@ -30,6 +30,7 @@ from fastlatent.evaluation import Sample
 from fastlatent.guard import Guard
 from fastlatent.interrupt import Interrupted, Interrupts
 from fastlatent.live import LiveView
+from fastlatent.microbatch import OutOfMemory
 from fastlatent.optim import Optimizer
 from fastlatent.packing import Item, microbatches, pack
 from fastlatent.profiling import reset_timings, span, timings
@@ -103,7 +104,9 @@ class Trainer:
         view = LiveView(config.num_steps, config.log.live)
         with Interrupts() as interrupts, view, capture.Capture(config, run.path, view.note) as recording:
             try:
-                view.note(build.describe(config))
+                view.note(build.describe(config, self.policy))
+                for line in memory_plan.plan(config, self.policy, self.engine).lines():
+                    view.note(line)
                 for warning in self.warnings:
                     view.note(f"warning: {warning}")
                 if self.step:
@@ -124,6 +127,11 @@ class Trainer:
                 (run.path / "engine-failure.txt").write_text("".join(format_exception(error)))
                 raise EngineFailed(f"{error}; saved step {self.step} in {run.path} beside engine-failure.txt; go on with "
                                    f"out={run.path} resume=auto") from error
+            except OutOfMemory as error:
+                if not error.is_whole:  # the weights are those of a part of a step
+                    raise
+                self._save()
+                raise OutOfMemory(f"{error}; saved step {self.step} in {run.path}") from None
             finally:
                 self.close()
         return run.path

@@ -116,13 +116,17 @@ class Varlen:
     repack_T: Tensor  # int64 [T], place in the padded [S * max_seqlen] of each packed token
     prefix_SP: Tensor | None = None  # int64 [S, longest prefix], packed index of each prefix token; None: no prefixes
     mask_SLK: Tensor | None = None  # bool [S, max_seqlen, longest prefix + max_seqlen], what each token may attend to
+    # for varlen kernels where there are prefixes: each segment's prefix, then its own tokens, back to back
+    key_K: Tensor | None = None  # int64, packed index of each key
+    cu_seqlens_k: Tensor | None = None  # int32 [S + 1]
+    max_seqlen_k: int = 0
 
     def to(self, device: torch.device) -> Varlen:
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         return Varlen(move(self.cu_seqlens), self.max_seqlen, move(self.unpack_SL), move(self.repack_T),
-                      move(self.prefix_SP), move(self.mask_SLK))
+                      move(self.prefix_SP), move(self.mask_SLK), move(self.key_K), move(self.cu_seqlens_k), self.max_seqlen_k)
 
 
 @dataclass(slots=True)

@@ -5,17 +5,18 @@ Nothing here waits for the device: sums stay tensors until the step is over, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fastlatent import mismatch, objectives
+from fastlatent import mfu, mismatch, objectives
 from fastlatent.methods.base import Method
+from fastlatent.microbatch import Microbatch, OutOfMemory
 from fastlatent.mismatch import Gap
 from fastlatent.optim import Optimizer
-from fastlatent.packing import Item, microbatches, pack
+from fastlatent.packing import Item, microbatches
 from fastlatent.policy import Policy
 from fastlatent.profiling import span
 from fastlatent.schema import Config
@@ -41,12 +42,24 @@ class UpdateResult:
     grad_norm: Tensor | None = None  # largest of the optimizer steps
     num_tokens: int = 0  # packed tokens read, all passes together
     attempts: list[Attempt] = field(default_factory=list)  # each optimizer step
+    num_splits: int = 0  # microbatches split in two because memory ran out
+    flops: Tensor | None = None  # operations that its forward and backward passes need (fastlatent/mfu.py); None: not known
+    peak_flop_s: float | None = None  # of the device; None: not known
 
     def add_sums(self, sums: dict[str, Tensor]) -> None:
         _add(self.sums, sums)
 
     def add_statistics(self, statistics: dict[str, Tensor]) -> None:
         _add(self.statistics, statistics)
+
+    def merge(self, more: UpdateResult) -> None:
+        """Add what one optimizer step's passes left behind."""
+        self.add_sums(more.sums)
+        self.add_statistics(more.statistics)
+        self.gaps += more.gaps
+        self.num_tokens += more.num_tokens
+        if more.flops is not None:
+            self.flops = more.flops if self.flops is None else self.flops + more.flops
 
 
 def _add(into: dict[str, Tensor], more: dict[str, Tensor]) -> None:
@@ -60,11 +73,13 @@ class Updater:
         self.method: Method = policy.method
         # at the sampling temperature unless told otherwise: the replay law's own
         self.temperature = config.objective.score_temperature or config.sampling.temperature
+        self.cost = mfu.Cost.of(policy.base)
+        self.peak_flop_s = mfu.peak_flop_s(policy.device, policy.dtype)
 
     def __call__(self, groups: Sequence[Group], commit: Callable[[], None] = lambda: None) -> UpdateResult:
         """Learn from `groups`; `commit` is called before every optimizer step, as after the first there is no way back."""
         objective = self.config.objective
-        result = UpdateResult()
+        result = UpdateResult(peak_flop_s=self.peak_flop_s)
         for group in groups:
             result.add_statistics(self.method.group_statistics(group))
         minibatches = self._minibatches(groups)
@@ -75,13 +90,13 @@ class Updater:
         if objective.kl_coef > 0:
             self._score_reference(minibatches)
         for epoch in range(objective.num_epochs):
-            for batches in minibatches:
-                self._step(batches, result, commit, is_first=epoch == 0)
+            for parts in minibatches:
+                self._step(parts, result, commit, is_first=epoch == 0)
         commit()
         self.optimizer.pass_over(objective.num_epochs * objective.num_minibatches - len(result.attempts))
         return result
 
-    def _minibatches(self, groups: Sequence[Group]) -> list[list[Batch]]:
+    def _minibatches(self, groups: Sequence[Group]) -> list[list[Microbatch]]:
         """The packed microbatches of each optimizer step. Groups are dealt whole; weights are normalised per optimizer step."""
         objective, out = self.config.objective, []
         for part in range(objective.num_minibatches):
@@ -97,17 +112,17 @@ class Updater:
             if items:
                 update = self.config.update
                 chunks = microbatches(items, update.tokens_per_microbatch, update.share_prompts)
-                out.append([pack(chunk, self.policy.device, update.share_prompts) for chunk in chunks])
+                out.append([Microbatch.of(chunk, self.policy.device, update.share_prompts) for chunk in chunks])
         return out
 
     @torch.no_grad()
-    def _score_old(self, minibatches: list[list[Batch]]) -> None:
+    def _score_old(self, minibatches: list[list[Microbatch]]) -> None:
         with span("score_old"):
-            for batch in (b for batches in minibatches for b in batches):
+            for batch in _batches(minibatches):
                 batch.old_logprob_A = self.method.score(self.policy, batch, self.temperature).logprob_A
 
     @torch.no_grad()
-    def _measure(self, minibatches: list[list[Batch]], result: UpdateResult) -> None:
+    def _measure(self, minibatches: list[list[Microbatch]], result: UpdateResult) -> None:
         """Find the mismatch of every token and correct for it. Without a correction nothing is scored for it alone: then it is
         found in the old log-probabilities, or in the first optimizer step's own."""
         config = self.config
@@ -115,7 +130,7 @@ class Updater:
         corrects = config.mismatch.correction != "none"
         # at another temperature the update's log-probabilities say nothing, and only our own engine needs no watching
         needs_pass = corrects or not (is_same or config.engine.name == "hf")
-        for batch in (b for batches in minibatches for b in batches):
+        for batch in _batches(minibatches):
             logprob_A = batch.old_logprob_A if is_same else None
             if logprob_A is None and needs_pass:
                 with span("score_old"):
@@ -124,28 +139,27 @@ class Updater:
                 result.gaps.append(mismatch.measure(batch, logprob_A, config.mismatch))
                 mismatch.apply(result.gaps[-1], batch)
 
-    def _score_reference(self, minibatches: list[list[Batch]]) -> None:
+    def _score_reference(self, minibatches: list[list[Microbatch]]) -> None:
         with span("score_ref"):
-            for batch in (b for batches in minibatches for b in batches):
+            for batch in _batches(minibatches):
                 batch.ref_logprob_A = self.method.reference_logprob(self.policy, batch, self.temperature)
 
-    def _step(self, batches: list[Batch], result: UpdateResult, commit: Callable[[], None], is_first: bool) -> None:
-        total = torch.zeros((), device=self.policy.device)
+    def _step(self, parts: list[Microbatch], result: UpdateResult, commit: Callable[[], None], is_first: bool) -> None:
         # no weight has moved yet: what is between these log-probabilities and the rollout's is the mismatch
         is_unmeasured = not (result.gaps or result.attempts) and self.temperature == self.config.sampling.temperature
-        for batch in batches:
-            with span("update/microbatch", batch.num_tokens):
-                loss = self.method.loss(self.policy, batch, self.temperature, self.config.objective)
-                with span("update/backward"):
-                    loss.value.backward()
-                total += loss.value.detach()
-                result.num_tokens += batch.num_tokens
-                result.add_sums(loss.sums)
-                result.add_statistics(loss.statistics)
-                if is_unmeasured:
-                    result.gaps.append(mismatch.measure(batch, loss.logprob_A, self.config.mismatch))
-                if is_first:
-                    result.add_statistics(self.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
+        while (failed := self._accumulate(parts, found := UpdateResult(), is_first, is_unmeasured)) is not None:
+            # some parameters have a part of its gradient and some have not: the step starts over, from gradients of zero
+            self.optimizer.zero_grad()
+            if self.policy.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                parts = [*parts[:failed], *parts[failed].halves(self.config.update), *parts[failed + 1 :]]
+            except OutOfMemory as error:
+                error.is_whole = not result.attempts
+                raise
+            result.num_splits += 1
+        result.merge(found)
+        total = found.loss
         with span("update/optimizer"):
             norm = self.optimizer.clip()
             is_bad = ~(norm.isfinite() & total.isfinite())
@@ -153,4 +167,34 @@ class Updater:
             self.optimizer.step(is_bad)
         result.loss = total if result.loss is None else result.loss + total
         result.grad_norm = norm if result.grad_norm is None else torch.maximum(result.grad_norm, norm)
-        result.attempts.append(Attempt(batches, is_bad))
+        result.attempts.append(Attempt([part.batch for part in parts], is_bad))
+
+    def _accumulate(self, parts: list[Microbatch], found: UpdateResult, is_first: bool, is_unmeasured: bool) -> int | None:
+        """Add each microbatch's gradient to the parameters'; the index of the one at which memory ran out, or None."""
+        found.loss = torch.zeros((), device=self.policy.device)
+        for index, part in enumerate(parts):
+            try:
+                self._learn(part.batch, found, is_first, is_unmeasured)
+            except torch.OutOfMemoryError:
+                return index  # with the error go its frames, which hold the activations
+        return None
+
+    def _learn(self, batch: Batch, found: UpdateResult, is_first: bool, is_unmeasured: bool) -> None:
+        with span("update/microbatch", batch.num_tokens):
+            loss = self.method.loss(self.policy, batch, self.temperature, self.config.objective)
+            with span("update/backward"):
+                loss.value.backward()
+            found.loss += loss.value.detach()
+            found.num_tokens += batch.num_tokens
+            found.add_sums(loss.sums)
+            found.add_statistics(loss.statistics)
+            if is_unmeasured:
+                found.gaps.append(mismatch.measure(batch, loss.logprob_A, self.config.mismatch))
+            if is_first:
+                found.add_statistics(self.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
+            if self.cost is not None:
+                found.flops = self.cost.flops(batch) + (0 if found.flops is None else found.flops)
+
+
+def _batches(minibatches: list[list[Microbatch]]) -> Iterator[Batch]:
+    return (part.batch for parts in minibatches for part in parts)

@@ -24,6 +24,7 @@ SCHEDULES = (
 CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.device": ("auto", "cpu", "cuda"),
+    "model.attention": ("auto", "flash", "sdpa"),
     "objective.advantage": ("z_score", "mean_only", "leave_one_out"),
     "objective.normalizer": ("token_mean", "sequence_mean", "constant"),
     "objective.kl_estimator": ("k1", "k2", "k3"),
@@ -81,12 +82,24 @@ def validate(config: Config) -> None:
     _check_eval(config)
     _check_rewards(config)
     _check_profile(config)
+    _check_model(config)
     if config.model.lora is not None:
         _check("model.lora.dropout", config.model.lora.dropout, "0 to below 1", lambda value: 0 <= value < 1)
         _check("model.lora.target_modules", config.model.lora.target_modules, "at least one name", bool)
     for index, tracker in enumerate(config.log.trackers):
         if "." not in tracker and ":" not in tracker:
             _check_choice(f"log.trackers.{index}", tracker, ("tensorboard",), "nor a dotted path to your own")
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    _check("model.gradient_checkpointing", model.gradient_checkpointing, "true, false or selective",
+           lambda value: value in (True, False, "selective"))
+    if model.gradient_checkpointing == "selective":
+        # liger rotates queries and keys where they lie, by a kernel that torch does not see: what is stored would be rotated twice
+        for name, reason in (("compile", "cannot see into compiled blocks"), ("liger", "stores what liger's kernels overwrite")):
+            if getattr(model, name):
+                raise UserError(f"model.gradient_checkpointing: selective {reason}; wanted true or false with model.{name}=true")
 
 
 def _check_sampling(config: Config) -> None:

@@ -42,7 +42,7 @@ def test_every_part_runs_on_a_cpu_and_leaves_six_files(tmp_path):
     lines = results.read(tmp_path / "out" / "results.jsonl")
     assert {line["bench"] for line in lines} == {"learning", "kernels", "rollout", "update"}
     text = (tmp_path / "out" / "summary.md").read_text()
-    assert len(text.splitlines()) < 120 and "abc123" in text and "hf-latent" in text and "float32 passed" in text
+    assert len(text.splitlines()) < 120 and "abc123" in text and "hf-hrpo_full" in text and "float32 passed" in text
     # the extension of the build is the one that was used
     assert str(tmp_path / "store" / "venv") in (tmp_path / "out" / "log.txt").read_text()
     # a second call knows of the first

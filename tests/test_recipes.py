@@ -35,8 +35,8 @@ def hard(completion, answer, difficulty, **columns):
     return difficulty * float(answer in completion)
 '''
 SMALL = ["num_steps=2", "sampling.max_new_tokens=24", "eval.num_prompts=4", "log.live=quiet", "log.samples=99",
-         "model.path=model", "model.dtype=float32"]
-QUICK = ["grpo_quickstart", *SMALL, "sampling.max_new_tokens=32", "num_prompts=4", "group_size=4", "eval.every=0"]
+         "model.path=model"]
+QUICK = ["grpo_quickstart", *SMALL, "model.dtype=float32", "sampling.max_new_tokens=32", "num_prompts=4", "group_size=4", "eval.every=0"]
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +99,13 @@ OWN = {
 MATH = ["data.train=math.jsonl", "rewards=[{name: math_equal, require_delimiter: false}, {name: my_rewards.checksum}]",
         "num_prompts=4", "group_size=4", "thinking.end=e",  # published ends are not one token of the tiny tokenizer
         "answer.stop=[a, e, i, o, t, n, s]"]  # else every completion is cut
-MIXTURES = {"latent_grpo_gsm8k": [*MATH, "data.question=problem"], "soft_grpo_math": MATH}
+MIXTURES = {"latent_grpo_gsm8k": [*MATH, "data.question=problem"], "soft_grpo_math": MATH,
+            "latent_grpo_quickstart": [*MATH, "data.name=jsonl", "data.question=problem"]}
+IMITATES = {"latent_sft_quickstart"}  # for fastlatent.sft, whose tests try it
 
 
 def test_every_recipe_is_tried_here():
-    assert set(OWN) | set(MIXTURES) == set(recipes())
+    assert set(OWN) | set(MIXTURES) | IMITATES == set(recipes())
 
 
 @pytest.mark.parametrize("recipe", OWN)

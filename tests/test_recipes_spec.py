@@ -85,6 +85,7 @@ SOFT_GRPO = {
     "method.clamp_density": True, "method.logprob_floor": -3.0, "method.truncated": "kept", "method.bound_negative": False,
     "method.select_first": False,
 }
+QUICKSTARTS = ("hrpo_quickstart", "grpo_quickstart", "latent_sft_quickstart", "latent_grpo_quickstart")
 SPECIFICATION = {
     "latent_grpo_gsm8k": MIXTURES | LATENT_GRPO,
     "soft_grpo_math": MIXTURES | SOFT_GRPO,
@@ -145,5 +146,5 @@ def test_quickstart_evaluates_before_and_after_on_everything_held_out():
 
 
 def test_every_recipe_is_described_and_checked_here():
-    assert set(recipes()) == {*SPECIFICATION, "hrpo_quickstart", "grpo_quickstart"}
+    assert set(recipes()) == {*SPECIFICATION, *QUICKSTARTS}
     assert all(len(description) > 20 for description in recipes().values())

@@ -187,6 +187,15 @@ def test_greedy_and_sampled_calls_share_nothing_they_should_not():
         assert tokens(engine.generate(requests(), sampling)) == tokens(hf(policy(), FORCED, requests(), sampling))
 
 
+def test_what_it_plans_to_hold_is_what_it_holds():
+    engine = plain_engine()
+    planned = engine.planned_bytes(1000, 256, SAMPLING)
+    engine.generate(requests([3], 1), SAMPLING)
+    assert planned["record"] == engine.slots.size_bytes > 17 * 22 * 64 * 4  # a float32 mixture at each place of 16 slots and one
+    assert 0 < planned["keys and values"] <= 0.05 * 2**30
+    assert planned["weights"] > 320 * 64 * 4
+
+
 # ---- weights -------------------------------------------------------------------------------------------------------------
 
 

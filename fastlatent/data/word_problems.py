@@ -9,8 +9,7 @@ Held out are whole triples (a, b, operation): 16 of the 81 additions and 8 of th
 other triples make the 39,000 training problems, half of them additions; 128 problems of the held-out triples, 64 of
 each operation, make the held-out set. Neither depends on the run's seed.
 
-Each problem has a chain of thought to imitate, "Tom has 7 + 5 = 12 apples", as its column `chain`: the sentence that GRPO
-comes to write by itself.
+Each problem has a chain of thought to imitate, "7+5=12", as its column `chain`.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def problem(id: int, triple: Triple, wording: int) -> Example:
     happens = VERBS[triple.sign][verb].format(b=triple.b)
     question = f"{name} has {triple.a} {thing} and {happens}. How many {thing} does {name} have now?"
     result = triple.a + triple.sign * triple.b
-    chain = f"{name} has {triple.a} {'+' if triple.sign > 0 else '-'} {triple.b} = {result} {thing}"
+    chain = f"{triple.a}{'+' if triple.sign > 0 else '-'}{triple.b}={result}"
     return Example(id, question, str(result), {"chain": chain})
 
 

@@ -127,6 +127,16 @@ class HFEngine:
     def close(self) -> None:
         pass
 
+    def planned_bytes(self, num_requests: int, max_prompt: int, sampling: Sampling) -> dict[str, int]:
+        """The most it holds while it draws that many completions, by what it is for."""
+        rows, meta = min(num_requests, self.config.max_batch), torch.device("meta")
+        longest = self.span.longest(sampling.max_new_tokens)
+        cache = attention.KVCache(self.model.config, rows, max_prompt + longest, self.dtype, meta)
+        spec = self.method.record_spec(self.model.config.hidden_size, sampling)
+        weights = [*self.model.parameters(), *self.method.parameters(), *(layer.weight for layer in self.packed_layers)]
+        return {"weights": sum(w.nbytes for w in weights), "keys and values": sum(x.nbytes for x in (*cache.keys, *cache.values)),
+                "record": Buffers(rows, longest, spec, meta).size_bytes}
+
     # ---- generation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

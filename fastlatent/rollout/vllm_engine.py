@@ -18,6 +18,7 @@ from fastlatent.errors import UserError
 from fastlatent.policy import EmbeddingInDtype
 from fastlatent.profiling import span
 from fastlatent.rollout.base import ENGINES, EngineConfig, EngineParts
+from fastlatent.rollout.buffers import Buffers
 from fastlatent.rollout.prepack import is_supported
 from fastlatent.rollout.slots import LAST, Slots
 from fastlatent.types import Capability, Request, Rollout, Sampling
@@ -144,6 +145,15 @@ class VLLMEngine:
 
     def close(self) -> None:
         self.engine.engine_core.shutdown()
+
+    def planned_bytes(self, num_requests: int, max_prompt: int, sampling: Sampling) -> dict[str, int]:
+        """What it holds while it draws, by what it is for; its buffers are those of `max_batch` completions, however many come."""
+        spec = self.method.record_spec(self.method.model.width, sampling)
+        record = Buffers(self.slots.num_slots + 1, self.span.longest(sampling.max_new_tokens), spec, torch.device("meta"))
+        weights = [*self.runner.model.parameters(), *self.method.parameters()]
+        weights += [] if self.own_head_weight_VD is None else [self.own_head_weight_VD]
+        return {"weights": sum(w.numel() * w.element_size() for w in weights),
+                "keys and values": sum(x.nbytes for x in self.runner.kv_caches), "record": record.size_bytes}
 
     # ---- generation ----------------------------------------------------------------------------------------------------
 

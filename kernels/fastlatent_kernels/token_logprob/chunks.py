@@ -54,10 +54,14 @@ def _accumulate(into_VD: Tensor, left_VR: Tensor, right_RD: Tensor) -> None:
         into_VD.addmm_(left_VR.to(into_VD.dtype), right_RD.to(into_VD.dtype))
 
 
-def _row_chunks(hidden_AD: Tensor, vocab_size: int) -> list[slice]:
+def chunk_rows(num_rows: int, vocab_size: int, is_cuda: bool) -> int:
     """Rows per GEMM: few enough that a chunk is at most an eighth of the rows (or 64), enough to feed the device."""
-    num_rows = hidden_AD.shape[0]
     # a CPU wants its chunk near its cache; a GPU wants the weights read few times, within MOST_LOGITS
-    most = max(64, min(2048, MOST_LOGITS // vocab_size // 64 * 64)) if hidden_AD.is_cuda else 128
-    size = max(64, min(most, num_rows // 8))
+    most = max(64, min(2048, MOST_LOGITS // vocab_size // 64 * 64)) if is_cuda else 128
+    return max(64, min(most, num_rows // 8))
+
+
+def _row_chunks(hidden_AD: Tensor, vocab_size: int) -> list[slice]:
+    num_rows = hidden_AD.shape[0]
+    size = chunk_rows(num_rows, vocab_size, hidden_AD.is_cuda)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]

@@ -1,0 +1,59 @@
+"""A microbatch that can be split in two where memory runs out, and the error where that is not enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from fastlatent.errors import UserError
+from fastlatent.packing import Item, pack
+from fastlatent.schema import UpdateConfig
+from fastlatent.types import Batch
+
+LAID_OUT = ("score_A", "sequence_A", "target_A")
+"""What packing makes of the items themselves; every other column of the scored tokens may have been computed since."""
+
+
+class OutOfMemory(UserError):
+    """A part of a microbatch that cannot be split again does not fit. `is_whole`: no weight had moved in this update."""
+
+    is_whole = True
+
+
+@dataclass(slots=True)
+class Microbatch:
+    items: Sequence[Item]
+    batch: Batch  # of these items
+    is_half: bool = False
+
+    @classmethod
+    def of(cls, items: Sequence[Item], device: torch.device, share_prompts: bool) -> Microbatch:
+        return cls(items, pack(items, device, share_prompts))
+
+    def halves(self, config: UpdateConfig) -> tuple[Microbatch, Microbatch]:
+        """The same completions in two batches of about as many tokens, their weights and log-probabilities as they are now.
+
+        OutOfMemory where this is a half already, or a single completion.
+        """
+        if self.is_half or len(self.items) < 2:
+            raise OutOfMemory(
+                f"update: out of memory for {self.batch.num_tokens} packed tokens, "
+                f"{'half of a microbatch' if self.is_half else 'a single completion'}; wanted update.tokens_per_microbatch below "
+                f"{config.tokens_per_microbatch}, model.gradient_checkpointing=true or a smaller sampling.max_new_tokens")
+        read = list(accumulate(item.num_inputs for item in self.items))
+        cut = min(range(1, len(self.items)), key=lambda cut: abs(2 * read[cut - 1] - read[-1]))
+        num_scored = sum(item.num_actions for item in self.items[:cut])
+        return (self._part(self.items[:cut], slice(0, num_scored), config),
+                self._part(self.items[cut:], slice(num_scored, None), config))
+
+    def _part(self, items: Sequence[Item], rows: slice, config: UpdateConfig) -> Microbatch:
+        # completions are laid down in order, so a part's scored tokens are a slice
+        out = Microbatch.of(items, self.batch.score_A.device, config.share_prompts)
+        for name in Batch.__slots__:
+            if name.endswith("_A") and name not in LAID_OUT and (column_A := getattr(self.batch, name)) is not None:
+                setattr(out.batch, name, column_A[rows])
+        out.is_half = True
+        return out

@@ -1,0 +1,288 @@
+"""Imitation: what a chain is compressed into, the loss against float64 and against transformers, and a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+import test_resume
+import tiny
+import torch
+from fastlatent_kernels.noise import STREAM_LATENT, row_gumbel
+from test_resume import assert_same, finish, newest, outcome, session_folder
+
+from fastlatent import evaluate, export, sft, train
+from fastlatent.cli import run_command
+from fastlatent.config import load_config
+from fastlatent.demonstration import Demonstrated, Demonstrator, compress, rollout_of
+from fastlatent.log import read
+from fastlatent.methods import gumbel_mixture
+from fastlatent.methods.base import METHODS
+from fastlatent.optim import Optimizer
+from fastlatent.policy import Policy
+from fastlatent.sft_trainer import SftTrainer
+from fastlatent.sft_update import SftUpdater
+from fastlatent.types import Prompt
+
+END = "thinking.end= ####"  # one token of the tiny tokenizer
+LATENT = ["latent_sft_quickstart", "model.dtype=float32", "model.path=model", END, "log.live=quiet"]
+ROWS = ["data.name=jsonl", "data.train=rows.jsonl", "data.held_out_size=4", "num_prompts=4", "eval.num_prompts=4"]
+TEXT = ["sft.tokens_per_latent=0", "method.name=grpo"]
+PROMPTS = [Prompt(id, text, tuple(tiny.tokenizer().encode(text)), answer, {"chain": chain}) for id, text, answer, chain in (
+    (3, "Tom has 12 apples and buys 30 more.", "42", "Tom has 12 + 30 = 42 apples"),
+    (900, "5 + 7 = ", "12", "5 + 7 = 12"),
+    (12, "How many apples does Tom have now?", "7", "none, buys 7"))]
+
+
+def config_of(*words: str):
+    return load_config(*LATENT, "optim.lr=1e-3", "optim.max_grad_norm=0", *words)
+
+
+def policy_of(config) -> Policy:
+    member = METHODS.find(config.method.name, "")
+    return Policy(tiny.model(), config.model, member, config.method, has_reference=False)
+
+
+def learn(config, step: int = 5):
+    """One update on PROMPTS: the policy it leaves, what it was taught, and the result."""
+    policy, demonstrator = policy_of(config), Demonstrator(config, tiny.tokenizer())
+    written = [demonstrator.write(prompt, "row") for prompt in PROMPTS]
+    rollouts = [rollout_of(d, p, policy.method, config, step) for d, p in zip(written, PROMPTS, strict=True)]
+    return policy, written, SftUpdater(policy, Optimizer(policy, config), config)(rollouts)
+
+
+# ---- what a chain is compressed into --------------------------------------------------------------------------------
+
+
+def test_runs_of_tokens_become_mixtures():
+    assert list(compress([7, 8, 7, 9, 5], 2, 1.0)) == [{7: 0.5, 8: 0.5}, {7: 0.5, 9: 0.5}, {5: 1.0}]
+    assert list(compress([4, 4, 6], 3, 1.0)) == [{4: pytest.approx(2 / 3), 6: pytest.approx(1 / 3)}]
+    assert list(compress([8, 9, 8], 3, 0.5)) == [{8: pytest.approx(5 / 7), 9: pytest.approx(2 / 7)}]
+    assert [list(mixture) for mixture in compress([1, 2, 2, 3], 3, 1.0)] == [[2, 1], [3]]  # heaviest first
+    assert list(compress([4, 6], 1, 0.5)) == [{4: 1.0}, {6: 1.0}]
+
+
+def test_a_demonstration_ends_its_thinking_and_its_turn():
+    tokens = tiny.tokenizer()
+    written = Demonstrator(config_of(), tokens).write(PROMPTS[0], "row")
+    chain = tokens.encode(PROMPTS[0].columns["chain"])
+    assert [set(mixture) for mixture in written.mixtures] == [set(chain[i : i + 2]) for i in range(0, len(chain), 2)]
+    assert written.answer_ids == [*tokens.encode(" ####"), *tokens.encode(" 42"), tokens.eos_token_id]
+    parts = Prompt(0, "", (), "42", {"chain": ["Tom has 12", " + 30 =", " 42"]})
+    ids = [tokens.encode(part) for part in parts.columns["chain"]]
+    assert [len(part) for part in ids] == [3, 3, 1]  # no latent spans two parts
+    assert [set(mixture) for mixture in Demonstrator(config_of(), tokens).write(parts, "row").mixtures] == [
+        set(ids[0][:2]), set(ids[0][2:]), set(ids[1][:2]), set(ids[1][2:]), set(ids[2])]
+    text = Demonstrator(config_of(*TEXT, "thinking.max_tokens=12", "thinking.force= #### now\n", "sft.answer=it is {answer}"),
+                        tokens).write(PROMPTS[0], "row")
+    assert text.mixtures == [] and tokens.decode(text.token_ids) == "Tom has 12 + 30 = 42 apples #### now\nit is 42<|end|>"
+
+
+def test_mixtures_are_read_with_the_noise_of_a_rollout_that_predicts_them():
+    """The scores are those that `draw` gives a policy with these very probabilities."""
+    config = METHODS.find("latent_grpo", "").Config(top_k=3, noise_scale=0.5, delta=0.1)
+    ids, weights = torch.tensor([[4, 0, 9], [1, 7, 8]]), torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.4, 0.0]])
+    counters = torch.tensor([[0, 5, 3 << 16], [1, 5, 3 << 16]])
+    logits = torch.full((2, 12), -torch.inf).scatter(1, ids, weights.log())
+    for noise in (True, False):
+        drawn = gumbel_mixture.draw(config, logits, not noise, torch.tensor(7), counters)
+        scores = gumbel_mixture.scores_of(config, ids, weights, torch.tensor(7), counters, noise)
+        ours = torch.full((2, 12), -torch.inf).scatter(1, ids, scores)
+        theirs = torch.full((2, 12), -torch.inf).scatter(1, drawn.ids_BK, drawn.score_BK)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert scores[0].tolist() == pytest.approx([math.log(w) for w in (0.5, 0.3, 0.2)])
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+def in_float64(config, written: list[Demonstrated], step: int):
+    """Loss and gradient norm with every input, mixture and mean written out, one demonstration at a time."""
+    model = tiny.model().double()
+    model.lm_head.weight.requires_grad_(not config.model.freeze_embedding or not model.config.tie_word_embeddings)
+    table = model.get_input_embeddings().weight.requires_grad_(False)
+    token_losses, divergences = [], []
+    for demonstrated, prompt in zip(written, PROMPTS, strict=True):
+        inputs, P = [table[list(prompt.token_ids)]], len(prompt.token_ids)
+        for position, mixture in enumerate(demonstrated.mixtures):
+            ids = torch.tensor(list(mixture))
+            counter = torch.tensor([[position, prompt.id, step * 2**16]])
+            noise = row_gumbel(torch.tensor(config.seed), ids, STREAM_LATENT, counter)[0].double().clamp(-1.5, 3.0) + 1.5
+            share = [w * math.exp(float(n)) for w, n in zip(mixture.values(), noise, strict=True)]
+            inputs.append(sum(s / sum(share) * table[index] for s, index in zip(share, mixture, strict=True))[None])
+        inputs.append(table[demonstrated.answer_ids])
+        logprob = model(inputs_embeds=torch.cat(inputs)[None]).logits[0].log_softmax(-1)
+        for place, mixture in enumerate(demonstrated.mixtures):
+            divergences.append(sum(w * (math.log(w) - logprob[P - 1 + place, index]) for index, w in mixture.items()))
+        start = P - 1 + len(demonstrated.mixtures)
+        token_losses += [-logprob[start + k, index] for k, index in enumerate(demonstrated.answer_ids)]
+    loss = sum(token_losses) / len(token_losses) + config.sft.latent_weight * sum(divergences) / len(divergences)
+    loss.backward()
+    gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return loss, torch.stack(gradients).norm(), sum(divergences) / len(divergences)
+
+
+def test_loss_and_gradient_against_float64():
+    config = config_of("sft.latent_weight=0.7", "sft.tokens_per_latent=3", "sft.decay=0.8", "seed=11")
+    _, written, result = learn(config, step=5)
+    loss, norm, divergence = in_float64(config, written, step=5)
+    assert float(result.loss) == pytest.approx(loss.item(), rel=1e-5)
+    assert float(result.grad_norm) == pytest.approx(norm.item(), rel=1e-4)
+    total, count = result.statistics["sft/latent_kl"].tolist()
+    assert total / count == pytest.approx(divergence.item(), rel=1e-5)
+    assert count == sum(len(d.mixtures) for d in written)
+    other = in_float64(config, written, step=6)[0].item()  # else the noise would not show
+    assert abs(other - loss.item()) > 1e-3
+
+
+def test_the_loss_of_text_is_that_of_transformers():
+    config = config_of(*TEXT)
+    _, written, result = learn(config)
+    total, count = 0.0, 0
+    for demonstrated, prompt in zip(written, PROMPTS, strict=True):
+        ids, P = [*prompt.token_ids, *demonstrated.token_ids], len(prompt.token_ids)
+        labels = torch.tensor([[-100] * P + demonstrated.token_ids])
+        loss = tiny.model()(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+        total, count = total + loss * len(demonstrated.token_ids), count + len(demonstrated.token_ids)
+    assert float(result.loss) == pytest.approx(total / count, rel=1e-5)
+    assert "sft/latent_kl" in result.statistics and result.statistics["sft/latent_kl"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("words", [[], TEXT])
+def test_packing_changes_nothing(words):
+    whole, pieces = (learn(config_of(*words, f"update.tokens_per_microbatch={budget}"))
+                     for budget in (4096, 28))
+    assert len(whole[2].attempts[0].batches) == 1 < len(pieces[2].attempts[0].batches)
+    assert float(whole[2].loss) == pytest.approx(float(pieces[2].loss), rel=1e-6)
+    assert float(whole[2].grad_norm) == pytest.approx(float(pieces[2].grad_norm), rel=1e-5)
+    assert float(whole[2].grad_norm) > 1
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sft")
+    tiny.save(path / "model")
+    rows = [{"question": f"Tom has {n} apples and buys 30 more.", "answer": n + 30, "chain": f"{n} + 30 = {n + 30} apples"}
+            for n in range(16)]
+    chains = {"no-chain": {}, "empty": {"chain": " "}, "number": {"chain": 42}, "end": {"chain": ["12 ##", "## 30"]}, "none": {"chain": []},
+              "long": {"chain": "12 + 30 = 42 " * 9}}
+    for name, chain in {"rows": {}, **chains}.items():
+        table = [*rows, {"question": "12 + 30?", "answer": 42, **chain}] if chain or name == "no-chain" else rows
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    return path
+
+
+@pytest.fixture
+def inside(folder, monkeypatch):
+    test_resume.enter(monkeypatch, folder)
+
+
+def test_imitation_learns_latents_and_reasoning_goes_on_from_it(inside, capsys):
+    """A text model, its latent SFT, the export of that, and Latent-GRPO on it."""
+    trainer = SftTrainer(load_config(*LATENT, *ROWS, "out=run", "num_steps=60", "optim.lr=2e-3", "data.held_out_size=8"))
+    run = trainer.run()
+    steps = [row for row in read(run / "metrics.jsonl") if "sft/loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 61))
+    assert steps[-1]["sft/token_loss"] < 0.3 * steps[0]["sft/token_loss"]
+    assert steps[-1]["sft/latent_kl"] < 0.3 * steps[0]["sft/latent_kl"]
+    ablations = [row for row in read(run / "metrics.jsonl") if "eval/accuracy_latents_off" in row]
+    assert len(ablations) == 1 and 1 < ablations[0]["latent/effective_k"] <= 4
+    assert "collapse" not in capsys.readouterr().out
+
+    export.main(["run", "latent-model"])
+    evaluate.main(["run", "--limit=2"])
+    assert "latent" in capsys.readouterr().out
+    assert train.main(["latent_grpo_quickstart", "model.path=latent-model", "model.dtype=float32", *ROWS, END, "log.live=plain",
+                       "eval.ablations=false", "group_size=2", "num_steps=1", "out=rl"]) == 0
+    out = capsys.readouterr().out
+    assert "warning" not in out and "step 1/1" in out
+    sampled = read(Path("rl/samples.jsonl"))
+    assert any(row["num_latent"] for row in sampled) and any("####" in row["completion"] for row in sampled)
+
+
+def session(folder: Path, argv: list[str]) -> None:
+    session_folder(folder)
+    run_command(sft.main, argv)
+
+
+@pytest.mark.parametrize("kind", ["latent", "text"])
+def test_a_killed_run_ends_as_if_nothing_had_happened(folder, monkeypatch, kind):
+    monkeypatch.chdir(folder)
+    words = [*LATENT, *ROWS, *(TEXT if kind == "text" else []), "num_steps=12", "optim.lr=1e-3", "optim.schedule=cosine",
+             "optim.warmup_ratio=0", "eval.every=4", "eval.ablations=false", "checkpoint.every=1"]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastlatent.sft_trainer", "test_sft"])
+
+    def start(out: str):
+        again = ["resume=auto"] if Path(out, "config.yaml").exists() else []
+        process = context.Process(target=session, args=(folder, [*words, f"out={out}", *again]))
+        process.start()
+        return process
+
+    assert finish(start(f"{kind}-straight")) == 0
+    run = folder / f"{kind}-killed"
+    for wanted in (2, 7):
+        process, deadline = start(run.name), time.monotonic() + 120
+        while newest(run) < wanted:
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.001)
+        process.kill()
+        finish(process)
+        assert newest(run) < 12
+    assert finish(start(run.name)) == 0
+    straight = outcome(folder / f"{kind}-straight")
+    assert_same(outcome(run), straight)
+    losses = [row["sft/loss"] for row in straight["metrics"] if "sft/loss" in row]
+    assert len(losses) == 12 == len(set(losses))
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "data.train=no-chain.jsonl": "no-chain.jsonl, line 17: column 'chain': wanted the chain of thought, and there is no such",
+    "data.train=empty.jsonl": "empty.jsonl, line 17: column 'chain': wanted the chain of thought, a text or a list of texts, got ' '",
+    "data.train=none.jsonl": "none.jsonl, line 17: column 'chain': wanted the chain of thought, a text or a list of texts, got []",
+    "data.train=number.jsonl": "number.jsonl, line 17: column 'chain': wanted the chain of thought, a text or a list of texts, got 42",
+    "data.train=end.jsonl": "end.jsonl, line 17: column 'chain' holds thinking.end=' ####'",
+    "data.train=long.jsonl": "long.jsonl, line 17: its demonstration has ",
+    "sft.tokens_per_latent=5": "sft.tokens_per_latent: a mixture of 5 tokens is more than method.top_k=2",
+    "sft.tokens_per_latent=-1": "sft.tokens_per_latent: wanted at least 0, got -1",
+    "method.top_k=65": "method.top_k: wanted 1 to 64 tokens in a mixture, got 65",
+    "method.name=hrpo": "sft.tokens_per_latent: wanted 0, as the latents of hrpo are no mixtures",
+    "sft.decay=0": "sft.decay: wanted more than 0",
+    "sft.answer=42": "sft.answer: wanted a text that contains {answer}",
+    "thinking.end=####": "thinking.end: latent_grpo ends its latents with one token",
+    "sft=null": "sft: latent_sft_quickstart has no such section",
+    "sft.chian=x": "sft.chian: no such option; did you mean 'chain'?",
+    "model.path=run-folder": "model.path: run-folder is a run folder; wanted a model, which python -m fastlatent.export",
+}
+
+
+@pytest.mark.parametrize("words, sentence", BAD.items())
+def test_bad_input_is_one_sentence_before_a_model_is_loaded(inside, monkeypatch, capsys, words, sentence):
+    def refuse(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("fastlatent.models.load_causal_lm", refuse)
+    Path("run-folder").mkdir(exist_ok=True)
+    Path("run-folder/config.yaml").touch()
+    argv = [*LATENT, *ROWS, "data.held_out_size=0", "eval.every=0", "eval.ablations=false", "out=never", words]
+    with pytest.raises(SystemExit) as exit_:
+        run_command(sft.main, argv)
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert sentence in err and err.startswith("error: ") and err.count("\n") == 1 and not Path("never").exists()
+
+
+def test_reinforcement_learning_does_not_pass_demonstrations_over(inside, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run_command(train.main, [*LATENT, *ROWS, "out=never"])
+    assert exit_.value.code == 2 and not Path("never").exists()
+    assert "sft: demonstrations are for python -m fastlatent.sft" in capsys.readouterr().err

@@ -36,7 +36,8 @@ def hard(completion, answer, difficulty, **columns):
 '''
 SMALL = ["num_steps=2", "sampling.max_new_tokens=24", "eval.num_prompts=4", "log.live=quiet", "log.samples=99",
          "model.path=model"]
-QUICK = ["grpo_quickstart", *SMALL, "model.dtype=float32", "sampling.max_new_tokens=32", "num_prompts=4", "group_size=4", "eval.every=0"]
+QUICK = ["grpo_quickstart", *SMALL, "model.dtype=float32", "sampling.max_new_tokens=32", "num_prompts=4", "group_size=4",
+         "eval.every=0"]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,8 @@ MATH = ["data.train=math.jsonl", "rewards=[{name: math_equal, require_delimiter:
         "num_prompts=4", "group_size=4", "thinking.end=e",  # published ends are not one token of the tiny tokenizer
         "answer.stop=[a, e, i, o, t, n, s]"]  # else every completion is cut
 MIXTURES = {"latent_grpo_gsm8k": [*MATH, "data.question=problem"], "soft_grpo_math": MATH,
-            "latent_grpo_quickstart": [*MATH, "data.name=jsonl", "data.question=problem"]}
+            "latent_grpo_quickstart": [*MATH, "data.name=jsonl", "data.question=problem", "sampling.max_new_tokens=64",
+                                       "num_prompts=8"]}  # fewer or shorter ones may all be cut
 IMITATES = {"latent_sft_quickstart"}  # for fastlatent.sft, whose tests try it
 
 

@@ -4,8 +4,8 @@ into mixtures of tokens.
     chain   "7 + 5 = 12"             tokens_per_latent = 2
     read    [7 +] [_ 5] [= _] [1 2]  ####  _ 1 2  <end of turn>
 
-A chain may be a list of texts, ["7", " + ", "5", " = ", "1", "2"]: no latent spans two of them. It is worth saying where: a mixture
-knows no order, so of a result whose digits it mixes, every reading of every likely result is superposed, and none is left.
+A chain may be a list of texts, ["7 +", " 5 =", " ", "1", "2"]: no latent spans two of them. A mixture knows no order, and one of
+a result's digits cannot be told from one of several results: say where it matters.
 
 A demonstration is a Rollout that the data wrote instead of the policy, so that what packs and reads rollouts packs and reads
 it, too: the mixtures of `Demonstrated` are its latent actions, everything else its token actions.
@@ -59,7 +59,7 @@ class Demonstrator:
     def __init__(self, config: Config, tokenizer):
         self.config, self.sft, self.tokenizer = config, config.sft, tokenizer
         if tokenizer.eos_token_id is None:
-            raise UserError(f"model.path: the tokenizer of {config.model.path} has no end-of-sequence token to end an answer with")
+            raise UserError(f"model.path: the tokenizer of {config.model.path} has no end-of-sequence token, which answers need")
         thinking = config.thinking
         # latents end with the end itself: text before it, as in a forced end, would be read as tokens
         self.end = thinking.end if self.sft.tokens_per_latent else thinking.force or thinking.end
@@ -120,7 +120,8 @@ def rollout_of(demonstrated: Demonstrated, prompt: Prompt, method: Method, confi
         finish="stop", forced_end=False, version=step, latent_acted=is_latent)
 
 
-def _record(mixtures: Sequence[dict[int, float]], prompt: Prompt, method: Method, config: Config, step: int) -> dict[str, Tensor]:
+def _record(mixtures: Sequence[dict[int, float]], prompt: Prompt, method: Method, config: Config,
+            step: int) -> dict[str, Tensor]:
     N, K = len(mixtures), config.sft.tokens_per_latent
     ids_NK, weights_NK = torch.zeros(N, K, dtype=torch.int64), torch.zeros(N, K)
     for row, mixture in enumerate(mixtures):

@@ -38,23 +38,24 @@ def drawn(config) -> tuple[torch.nn.Module, list[Rollout]]:
 
 
 @torch.no_grad()
-def gaps(policy, rollouts: list[Rollout], *, is_shifted: bool = False) -> torch.Tensor:
+def gaps(policy, rollouts: list[Rollout], temperature: float, *, is_shifted: bool = False) -> torch.Tensor:
     """|replayed - sampled| log-probability of every action, its prompts shared."""
     batch = pack([Item(r, 1.0, 1.0) for r in rollouts], policy.device, share_prompts=True)
     if is_shifted:
         batch.record_T = {name: column.roll(1, 0) for name, column in batch.record_T.items()}
-    return (policy.score(batch, 1.0).logprob_A - batch.behaviour_logprob_A).abs()
+    return (policy.score(batch, temperature).logprob_A - batch.behaviour_logprob_A).abs()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_replay_on_the_device(recipe, dtype, device, model):
-    policy, rollouts = drawn(configured(recipe, model, device, dtype))
-    found = gaps(policy, rollouts)
+    config = configured(recipe, model, device, dtype)
+    (policy, rollouts), temperature = drawn(config), config.sampling.temperature
+    found = gaps(policy, rollouts, temperature)
     assert found.max() <= FP32_TOLERANCE if dtype == "float32" else found.mean() <= BF16_MEAN_TOLERANCE
     if recipe.startswith("hrpo") and dtype == "float32":
-        assert gaps(policy, rollouts, is_shifted=True).max() > 10 * FP32_TOLERANCE
+        assert gaps(policy, rollouts, temperature, is_shifted=True).max() > 10 * FP32_TOLERANCE
 
 
 def assert_same_but_for_a_tie(got: list[Rollout], want: list[Rollout]) -> None:

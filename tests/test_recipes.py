@@ -155,9 +155,8 @@ def test_a_recipe_whose_actions_are_mixtures_takes_two_steps(inside, recipe):
         assert 0.5 < row["latent/ratio_mean_latent"] < 2 and row["latent/clip_ratio_latent"] <= 1
         assert row["sampling/sampling_logp_difference/mean"] < 2e-4
         assert ("time/score_ref" in row) == (config.objective.kl_coef > 0)
-    is_latent_grpo = recipe.startswith("latent")
-    assert any(row["latent/frac_first_selected"] > 0 for row in rows) == is_latent_grpo
-    assert any(row["latent/frac_masked"] > 0 for row in rows) == is_latent_grpo
+    assert any(row["latent/frac_first_selected"] > 0 for row in rows) == config.method.select_first
+    assert any(row["latent/frac_masked"] > 0 for row in rows) == (config.method.truncated == "masked")
     evaluated = [row for row in read(inside / "run" / "metrics.jsonl") if "eval/accuracy_latents_off" in row]
     assert len(evaluated) == 1
 

@@ -29,7 +29,7 @@ from fastlatent.sft_update import SftUpdater
 from fastlatent.types import Prompt
 
 END = "thinking.end= ####"  # one token of the tiny tokenizer
-LATENT = ["latent_sft_quickstart", "model.dtype=float32", "model.path=model", END, "log.live=quiet"]
+LATENT = ["latent_sft_quickstart", "sft.tokens_per_latent=2", "model.dtype=float32", "model.path=model", END, "log.live=quiet"]
 ROWS = ["data.name=jsonl", "data.train=rows.jsonl", "data.held_out_size=4", "num_prompts=4", "eval.num_prompts=4"]
 TEXT = ["sft.tokens_per_latent=0", "method.name=grpo"]
 PROMPTS = [Prompt(id, text, tuple(tiny.tokenizer().encode(text)), answer, {"chain": chain}) for id, text, answer, chain in (
@@ -111,7 +111,7 @@ def in_float64(config, written: list[Demonstrated], step: int):
         for position, mixture in enumerate(demonstrated.mixtures):
             ids = torch.tensor(list(mixture))
             counter = torch.tensor([[position, prompt.id, step * 2**16]])
-            noise = row_gumbel(torch.tensor(config.seed), ids, STREAM_LATENT, counter)[0].double().clamp(-1.5, 3.0) + 1.5
+            noise = row_gumbel(torch.tensor(config.seed), ids, STREAM_LATENT, counter)[0].double().clamp(-1.5, 3.0)
             share = [w * math.exp(float(n)) for w, n in zip(mixture.values(), noise, strict=True)]
             inputs.append(sum(s / sum(share) * table[index] for s, index in zip(share, mixture, strict=True))[None])
         inputs.append(table[demonstrated.answer_ids])
@@ -171,7 +171,8 @@ def folder(tmp_path_factory):
     tiny.save(path / "model")
     rows = [{"question": f"Tom has {n} apples and buys 30 more.", "answer": n + 30, "chain": f"{n} + 30 = {n + 30} apples"}
             for n in range(16)]
-    chains = {"no-chain": {}, "empty": {"chain": " "}, "number": {"chain": 42}, "end": {"chain": ["12 ##", "## 30"]}, "none": {"chain": []},
+    chains = {"no-chain": {}, "empty": {"chain": " "}, "number": {"chain": 42}, "end": {"chain": ["12 ##", "## 30"]},
+              "none": {"chain": []},
               "long": {"chain": "12 + 30 = 42 " * 9}}
     for name, chain in {"rows": {}, **chains}.items():
         table = [*rows, {"question": "12 + 30?", "answer": 42, **chain}] if chain or name == "no-chain" else rows
@@ -186,7 +187,8 @@ def inside(folder, monkeypatch):
 
 def test_imitation_learns_latents_and_reasoning_goes_on_from_it(inside, capsys):
     """A text model, its latent SFT, the export of that, and Latent-GRPO on it."""
-    trainer = SftTrainer(load_config(*LATENT, *ROWS, "out=run", "num_steps=60", "optim.lr=2e-3", "data.held_out_size=8"))
+    trainer = SftTrainer(load_config(*LATENT, *ROWS, "out=run", "num_steps=60", "optim.lr=2e-3", "data.held_out_size=8",
+                                     "method.is_latent_init=false"))
     run = trainer.run()
     steps = [row for row in read(run / "metrics.jsonl") if "sft/loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 61))
@@ -194,7 +196,8 @@ def test_imitation_learns_latents_and_reasoning_goes_on_from_it(inside, capsys):
     assert steps[-1]["sft/latent_kl"] < 0.3 * steps[0]["sft/latent_kl"]
     ablations = [row for row in read(run / "metrics.jsonl") if "eval/accuracy_latents_off" in row]
     assert len(ablations) == 1 and 1 < ablations[0]["latent/effective_k"] <= 4
-    assert "collapse" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "collapse" not in told and "warning" not in told  # the want of a latent SFT is no news to one
 
     export.main(["run", "latent-model"])
     evaluate.main(["run", "--limit=2"])
@@ -252,7 +255,7 @@ BAD = {
     "data.train=number.jsonl": "number.jsonl, line 17: column 'chain': wanted the chain of thought, a text or a list of texts, got 42",
     "data.train=end.jsonl": "end.jsonl, line 17: column 'chain' holds thinking.end=' ####'",
     "data.train=long.jsonl": "long.jsonl, line 17: its demonstration has ",
-    "sft.tokens_per_latent=5": "sft.tokens_per_latent: a mixture of 5 tokens is more than method.top_k=2",
+    "sft.tokens_per_latent=5": "sft.tokens_per_latent: a mixture of 5 tokens is more than method.top_k=4",
     "sft.tokens_per_latent=-1": "sft.tokens_per_latent: wanted at least 0, got -1",
     "method.top_k=65": "method.top_k: wanted 1 to 64 tokens in a mixture, got 65",
     "method.name=hrpo": "sft.tokens_per_latent: wanted 0, as the latents of hrpo are no mixtures",

@@ -19,6 +19,8 @@ from fastlatent.schema import AnswerConfig, ThinkingConfig
 from fastlatent.types import Rollout, Sampling
 from fastlatent.vllm_plugin import surface
 
+pytest.importorskip("vllm", reason="the CPU build of vllm is not installed: make vllm")
+
 SAMPLING = Sampling(temperature=TEMPERATURE, max_new_tokens=32)
 TRUNCATED = replace(SAMPLING, top_k=50)
 LENGTHS = [3, 41, 70, 8]  # with 32 tokens a step, prompts are read in chunks

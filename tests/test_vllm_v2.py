@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from test_replay import FP32_TOLERANCE
 
+pytest.importorskip("vllm", reason="the CPU build of vllm is not installed: make vllm")
+
 
 @functools.cache
 def story() -> dict:

@@ -84,7 +84,7 @@ class LatentGRPO(Method):
                             "standard Gumbel's, so its ratios are biased; 1 is what it fits")
         if cls.needs_latent_init and not own.is_latent_init:
             warnings.append(f"model.path={config.model.path}: {own.name} starts from a model that already reasons in mixtures, "
-                            "and one that does not will hardly learn; begin with a latent SFT of it (its authors published "
+                            "and one that does not will hardly learn; begin with python -m fastlatent.sft (its authors published "
                             "DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10) and say method.is_latent_init=true")
         return warnings
 

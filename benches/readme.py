@@ -82,10 +82,10 @@ TABLES = {
     "rollout": Table(
         "Rollout: drawn tokens per second beside transformers' `generate`, same prompts, weights and cap, interleaved rounds; "
         "median (20th to 80th percentile). `stops`: rows end at an EOS or newline; `equal`: all rows have equal length; "
-        "`recipe`: ours end as the recipe says, generate's at an EOS", {
+        "`recipe`: ours end as the recipe says, generate's at an EOS. `loop`: a transformers loop with the same latents", {
             "prompts x group, ends": lambda row: row["case"], "engine": lambda row: row["variant"],
             "tok/s": metric("rate_tok_s", "{:.0f}", spread=True), "times generate": metric("speed_over_generate", spread=True),
-            "dtype": fact("dtype"),
+            "times loop": metric("speed_over_loop"), "times discrete": metric("speed_over_discrete"), "dtype": fact("dtype"),
         }),
     "update": Table(
         "Update: loss, backward and optimizer beside trl's on the same tensors, interleaved rounds; median (20th to 80th "

@@ -71,7 +71,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<VocabHeadBf16> vocab_head_bf16(m, "VocabHeadBf16");
   vocab_head_bf16.def(py::init<>())
-      .def_static("splits", &VocabHeadBf16::splits, "Pieces of a vocabulary of this size.");
+      .def_static("splits", &VocabHeadBf16::splits, "Pieces of a vocabulary of this size.")
+      .def_static("quads", &VocabHeadBf16::quads, "Quads that hold this many rows.");
   address(vocab_head_bf16, "hidden", &VocabHeadBf16::hidden);
   address(vocab_head_bf16, "weight", &VocabHeadBf16::weight);
   address(vocab_head_bf16, "embed", &VocabHeadBf16::embed);
@@ -81,6 +82,7 @@ PYBIND11_MODULE(_C, m) {
   address(vocab_head_bf16, "logprob", &VocabHeadBf16::logprob);
   address(vocab_head_bf16, "entropy", &VocabHeadBf16::entropy);
   address(vocab_head_bf16, "mixture", &VocabHeadBf16::mixture);
+  address(vocab_head_bf16, "hidden_quads", &VocabHeadBf16::hidden_quads);
   address(vocab_head_bf16, "sums", &VocabHeadBf16::sums);
   address(vocab_head_bf16, "largest", &VocabHeadBf16::largest);
   address(vocab_head_bf16, "part", &VocabHeadBf16::part);

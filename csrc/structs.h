@@ -39,6 +39,8 @@ struct VocabHead : Rows {
 };
 
 struct VocabHeadBf16 {  // the whole head; all matrices are bfloat16
+  static constexpr int kQuadRows = 4, kChunk = 8;  // rows, and numbers of each, that share a vector
+
   const void* hidden = nullptr;   // [rows, width]
   const void* weight = nullptr;   // [vocab, width]
   const void* embed = nullptr;    // [vocab, embed_width], may be `weight`; null where no mixture is wanted
@@ -51,14 +53,18 @@ struct VocabHeadBf16 {  // the whole head; all matrices are bfloat16
   float* logprob = nullptr;   // [rows]
   float* entropy = nullptr;   // [rows]
   void* mixture = nullptr;    // [rows, embed_width]
+  void* hidden_quads = nullptr;  // scratch: [quads, width / kChunk rounded up, kQuadRows, kChunk], bfloat16
   float* sums = nullptr;      // scratch: [rows, 4, tiles]
   float* largest = nullptr;   // scratch: [splits, rows]
   float* part = nullptr;      // scratch: [splits, rows, embed_width rounded up to 32]
   int32_t threads = 1;
 
+  static constexpr int64_t quads(int64_t rows) { return (rows + kQuadRows - 1) / kQuadRows; }
+
   // Pieces of the vocabulary whose mixtures are summed apart: as many whatever the rows and threads are, so that neither
   // changes a row's rounding.
-  static constexpr int64_t tiles_per_split(int64_t vocab) { return (num_tiles(vocab) + 31) / 32; }
+  static constexpr int64_t kMostSplits = 32;
+  static constexpr int64_t tiles_per_split(int64_t vocab) { return (num_tiles(vocab) + kMostSplits - 1) / kMostSplits; }
   static constexpr int64_t splits(int64_t vocab) {
     return (num_tiles(vocab) + tiles_per_split(vocab) - 1) / tiles_per_split(vocab);
   }

@@ -9,6 +9,7 @@
 
 #include "gaussian_reparam.h"
 #include "hrpo_gate_decode.h"
+#include "sm90/vocab_head.h"
 
 namespace py = pybind11;
 using namespace fastlatent;
@@ -65,6 +66,32 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readwrite("vocab", &HrpoGateDecode::vocab)
       .def_readwrite("compat_eps", &HrpoGateDecode::compat_eps);
   m.def("hrpo_gate_decode", launch(&hrpo_gate_decode));
+
+  py::class_<OnePassHead> head(m, "OnePassHead");
+  head.def(py::init<>());
+  address(head, "hidden", &OnePassHead::hidden);
+  address(head, "weight", &OnePassHead::weight);
+  address(head, "seed", &OnePassHead::seed);
+  address(head, "counter", &OnePassHead::counter);
+  address(head, "token", &OnePassHead::token);
+  address(head, "logprob", &OnePassHead::logprob);
+  address(head, "entropy", &OnePassHead::entropy);
+  address(head, "mixture", &OnePassHead::mixture);
+  address(head, "parts", &OnePassHead::parts);
+  address(head, "logits", &OnePassHead::logits);
+  address(head, "mixtures", &OnePassHead::mixtures);
+  head.def_readwrite("rows", &OnePassHead::rows)
+      .def_readwrite("vocab", &OnePassHead::vocab)
+      .def_readwrite("width", &OnePassHead::width)
+      .def_readwrite("inv_temperature", &OnePassHead::inv_temperature)
+      .def_readwrite("greedy", &OnePassHead::greedy)
+      .def_readwrite("clusters", &OnePassHead::clusters);
+  m.def("one_pass_head", launch(&one_pass_head));
+  m.def("one_pass_clusters", [](int64_t width, int device) {
+    int64_t clusters = 0;
+    if (const char* wrong = one_pass_clusters(width, device, &clusters)) throw std::runtime_error(wrong);
+    return clusters;
+  }, "How many clusters for this width a device can run at once.");
 
   py::enum_<Source>(m, "Source")
       .value("noise", Source::kNoise)

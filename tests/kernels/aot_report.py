@@ -26,7 +26,17 @@ from typing import NamedTuple
 CUDA_SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 BUDGETS = Path(__file__).with_name("budgets.json")
 ARCHITECTURES = {"sm_80": 80, "sm_90a": 90, "sm_100a": 100}
-SPECIAL = "sm_90a"  # where Compile.requires must hold
+SPECIAL = "sm_90a"  # where Compile.requires and Unit.requires must hold
+
+
+class Unit(NamedTuple):
+    """What a CUDA unit says of itself that its binary does not."""
+
+    requires: tuple[str, ...]  # instructions
+    dynamic_shared: tuple[str, str]  # a constant of a launch's most dynamic shared memory in bytes, and its header
+
+
+UNITS = {"sm90/vocab_head.cu": Unit(("HGMMA", "UTMALDG"), ("kMostShared", "sm90/head_tile.h"))}
 
 
 class Usage(NamedTuple):
@@ -80,16 +90,33 @@ def measure_triton(name: str, architecture: str) -> Usage:
 
 
 def measure_unit(name: str, architecture: str) -> Usage:
-    """Compile a CUDA unit with nvcc; the largest needs of any kernel in it. Dynamic shared memory does not show."""
+    """Compile a CUDA unit with nvcc; the largest needs of any kernel in it."""
+    unit = UNITS.get(name)
     with tempfile.TemporaryDirectory() as folder:
         said = subprocess.run(
             ["nvcc", "-cubin", "-res-usage", "-std=c++17", "-O3", f"-arch={architecture}", "-o", f"{folder}/unit.cubin",
              str(CUDA_SOURCES / name)], check=True, capture_output=True, text=True).stderr
+        code = "" if unit is None else cuobjdump("-sass", f"{folder}/unit.cubin")
     largest = {what: max(map(int, re.findall(pattern, said)), default=0) for what, pattern in (
         ("registers", r"Used (\d+) registers"), ("shared_bytes", r"(\d+) bytes smem"),
         ("spilled_bytes", r"(\d+) bytes (?:stack frame|spill stores|spill loads)"))}
     assert largest["registers"], f"nvcc reports no kernel in {name}:\n{said}"
-    return Usage(**largest)
+    if unit is None:
+        return Usage(**largest)
+    largest["shared_bytes"] += constant(*unit.dynamic_shared)
+    missing = [x for x in unit.requires if x not in code]
+    # what ptxas does where it cannot prove that nothing touches the sums of products still under way
+    missing += ["wgmma left asynchronous"] * ("wgmma.mma_async instructions are serialized" in said)
+    return Usage(**largest, missing=tuple(missing))
+
+
+def constant(name: str, header: str) -> int:
+    """A number that a header of the CUDA sources defines."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = f'#include "{header}"\n#include <cstdio>\nint main() {{ printf("%d", fastlatent::{name}); }}'
+        compiler = [os.environ.get("CXX", "c++"), "-std=c++17", f"-I{CUDA_SOURCES}", "-x", "c++", "-"]
+        subprocess.run([*compiler, "-o", f"{folder}/print"], input=program, text=True, check=True)
+        return int(subprocess.run([f"{folder}/print"], check=True, capture_output=True, text=True).stdout)
 
 
 def resources(cubin: str) -> Usage:

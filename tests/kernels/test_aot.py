@@ -74,8 +74,8 @@ def test_every_unit_is_built():
     assert set(listed) == UNITS != set()
 
 
-def test_the_report_sees_spills(tmp_path, monkeypatch):
-    """A unit held to few registers must spill, and the report must say so."""
+def test_the_report_sees_spills_and_what_is_missing(tmp_path, monkeypatch):
+    """A unit held to few registers must spill, and the report must say so; as that it multiplies no matrices."""
     (tmp_path / "spill.cu").write_text("""
 __global__ void __launch_bounds__(1024, 2) spill(float* x) {
   float kept[96];
@@ -85,9 +85,12 @@ __global__ void __launch_bounds__(1024, 2) spill(float* x) {
 }""")
     if aot_report.nvcc_version() is None:
         pytest.skip("needs nvcc")
+    (tmp_path / "most.h").write_text("namespace fastlatent { constexpr int kMost = 4321; }")
     monkeypatch.setattr(aot_report, "CUDA_SOURCES", tmp_path)
+    monkeypatch.setattr(aot_report, "UNITS", {"spill.cu": aot_report.Unit(("HGMMA", "LDG"), ("kMost", "most.h"))})
     used = aot_report.measure_unit("spill.cu", "sm_90a")
     assert used.registers <= 32 and used.spilled_bytes > 0
+    assert used.missing == ("HGMMA",) and used.shared_bytes == 4321
 
 
 def test_the_cuda_module_imports_without_gpu_and_links_neither_runtime_nor_torch():

@@ -43,11 +43,13 @@ def exact(inputs: dict[str, object]) -> tuple[torch.Tensor, ...]:
     return token_B, logprob_BV.gather(1, token_B[:, None])[:, 0], -(p_BV * logprob_BV).sum(1), mixture_BE
 
 
-# rows: a block of six and every rest of one, two groups of 64; widths: below, at and past whole vectors of 32;
+# rows: every rest of a quad and of a block of four quads, more than one group of 64; widths: below, at and past whole
+# chunks of 8; columns: one, two and three groups of 32, whole and not, after panels of three and without;
 # vocabularies: less than a tile, whole tiles, an odd last one, more than one tile in each of the 32 splits
 @pytest.mark.parametrize(("B", "D", "V", "E"), [
     (1, 1, 1, 1), (2, 31, 127, TIED), (3, 32, 128, 33), (4, 33, 300, TIED), (5, 64, 257, 100), (6, 96, 640, 200),
-    (7, 576, 1000, TIED), (64, 40, 4500, TIED), (71, 32, 4225, 390), (131, 16, 300, 64)])
+    (7, 576, 1000, TIED), (64, 40, 4500, TIED), (71, 32, 4225, 390), (131, 16, 300, 64), (10, 70, 513, 90),
+    (13, 200, 1000, 161)])
 @pytest.mark.parametrize("greedy", [False, True])
 def test_it_is_float64_s_but_for_float32_sums_and_one_rounding_of_p(B, D, V, E, greedy):
     inputs = inputs_of(B, D, V, E) | {"greedy": greedy}

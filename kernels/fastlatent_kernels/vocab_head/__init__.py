@@ -35,7 +35,7 @@ def _check(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD
         expect("embed_VD", embed_VD, (weight_VD.shape[0], "E"), FLOATS, like=hidden_BD)
 
 
-@op(backends=("triton", "native"), check=_check)
+@op(backends=("triton", "native", "cuda"), check=_check)
 @torch.no_grad()
 def vocab_head(hidden_BD: Tensor, weight_VD: Tensor, temperature: float, seed: Tensor, counter_B3: Tensor,
                greedy: bool, embed_VD: Tensor | None) -> VocabHead:

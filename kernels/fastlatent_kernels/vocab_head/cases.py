@@ -6,7 +6,8 @@ import torch
 
 TEST_SHAPES = [{"B": 1, "D": 1, "V": 1}, {"B": 3, "D": 65, "V": 131, "mixture": 1}, {"B": 33, "D": 64, "V": 1000},
                {"B": 32, "D": 64, "V": 1024, "mixture": 1, "greedy": 1}, {"B": 5, "D": 16, "V": 2400, "mixture": 1},
-               {"B": 5, "D": 16, "V": 49152, "mixture": 1, "interpret": 0}]
+               {"B": 5, "D": 16, "V": 49152, "mixture": 1, "interpret": 0},
+               {"B": 6, "D": 896, "V": 900, "mixture": 1, "tied": 1, "interpret": 0}]
 BENCH_SHAPES = [{"B": b, "D": 576, "V": 49152, "mixture": m} for b in (1, 16, 64) for m in (0, 1)]
 
 
@@ -18,9 +19,10 @@ def make_inputs(shape: dict[str, int], *, dtype: torch.dtype, device: str, seed:
               "weight_VD": (3 * torch.randn(V, D, generator=g) / D**0.5).to(dtype),
               "temperature": 0.7, "seed": torch.tensor(-3 - 2**40), "counter_B3": counter_B3,
               "greedy": bool(shape.get("greedy")), "embed_VD": None}
-    if shape.get("mixture"):
+    if shape.get("mixture") and not shape.get("tied"):
         inputs["embed_VD"] = torch.randn(V, D, generator=g).to(dtype)
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    return inputs | {"embed_VD": inputs["weight_VD"]} if shape.get("tied") else inputs
 
 
 def bytes_moved(shape: dict[str, int], dtype: torch.dtype) -> int:

@@ -44,6 +44,8 @@ def _run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
     scratch = {"sums": (num_rows, 4, -(-vocab_size // TILE_SIZE)), "largest": (num_splits, num_rows),
                "part": (num_splits, num_rows, -(-embed_width // 32) * 32)}
     fields = {name: torch.empty(shape, dtype=torch.float32) for name, shape in scratch.items()}
+    # rows by fours, eight numbers of each side by side
+    fields["hidden_quads"] = hidden_BD.new_empty(_C.VocabHeadBf16.quads(num_rows), -(-width // 8), 4, 8)
     fields |= {"hidden": hidden_BD, "weight": weight_VD, "seed": seed, "counter": counter_B3, "greedy": greedy,
                "rows": num_rows, "vocab": vocab_size, "width": width, "embed_width": embed_width,
                "inv_temperature": 1.0 / temperature, "token": token_B, "logprob": logprob_B, "entropy": entropy_B,

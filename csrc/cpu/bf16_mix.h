@@ -1,0 +1,105 @@
+// The mixture of vocab_head over one tile of the vocabulary: p times the embedding, by dot products of bfloat16 pairs
+// (AVX512_BF16).
+//
+// A pair is one column of the ids v and v + 1, which the embedding has in two rows: they are interleaved for the first
+// quad of rows, and kept in the first level cache for the others. Of each 32 columns the interleaving gives first those
+// with column % 8 < 4; sums keep that order, which `in_order` undoes.
+#pragma once
+
+#include "bf16_dot.h"
+
+namespace fastlatent {
+namespace FASTLATENT_ISA {
+
+constexpr int kPairs = 32;                             // columns of two vectors of pairs
+constexpr int kPanelGroups = 3;                        // times kPairs: with four rows 24 sums in registers
+constexpr int kPanelSize = kTileSize * kPanelGroups * kPairs;
+
+enum class Panel { unused, written, read };
+
+static inline __mmask32 first_of(int64_t n) { return n >= kPairs ? ~(__mmask32)0 : ((__mmask32)1 << n) - 1; }
+
+// sum[r, columns] += p[v / 4, r, v % 4] embed[v, columns] over the ids of a tile, for `rows` of a quad and `groups`
+// times 32 columns, of which the last `mask` exist. p is 0 past the last id; rows of `sum` are `stride` apart.
+template <int rows, int groups, Panel use>
+static void add_columns(const BFloat16* p, const BFloat16* embed, int64_t embed_width, int64_t size, __mmask32 mask,
+                        float* sum, int64_t stride, BFloat16* panel, Ahead& ahead) {
+  Ahead next = ahead;  // in registers
+  __m512 s[rows][2 * groups];
+  for (int r = 0; r < rows; r++)
+    for (int g = 0; g < 2 * groups; g++) s[r][g] = _mm512_loadu_ps(sum + r * stride + g * 16);
+  for (int64_t v = 0; v < size; v += 2, panel += 2 * groups * kPairs) {
+    next.step();
+    __m512i x[2 * groups];
+    if constexpr (use == Panel::read) {
+      for (int g = 0; g < 2 * groups; g++) x[g] = _mm512_load_si512(panel + g * kPairs);
+    } else {
+      const BFloat16* even = embed + v * embed_width;
+      const BFloat16* odd = v + 1 < size ? even + embed_width : even;  // p is 0 there
+      for (int g = 0; g < groups; g++) {
+        const __mmask32 some = g == groups - 1 ? mask : ~(__mmask32)0;
+        const __m512i a = _mm512_maskz_loadu_epi16(some, even + g * kPairs);
+        const __m512i b = _mm512_maskz_loadu_epi16(some, odd + g * kPairs);
+        x[2 * g] = _mm512_unpacklo_epi16(a, b);
+        x[2 * g + 1] = _mm512_unpackhi_epi16(a, b);
+      }
+      if constexpr (use == Panel::written)
+        for (int g = 0; g < 2 * groups; g++) _mm512_store_si512(panel + g * kPairs, x[g]);
+    }
+    const BFloat16* pairs = p + v / 4 * 4 * kQuadRows + v % 4;
+    for (int r = 0; r < rows; r++) {
+      int32_t pair;
+      __builtin_memcpy(&pair, pairs + r * 4, sizeof pair);
+      const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
+      for (int g = 0; g < 2 * groups; g++) s[r][g] = _mm512_dpbf16_ps(s[r][g], weight, (__m512bh)x[g]);
+    }
+  }
+  ahead = next;
+  for (int r = 0; r < rows; r++)
+    for (int g = 0; g < 2 * groups; g++) _mm512_storeu_ps(sum + r * stride + g * 16, s[r][g]);
+}
+
+// `add_columns` for all rows of a group; `p` has kQuadTile for each quad.
+template <int groups>
+static void add_panel(const BFloat16* p, const BFloat16* embed, int64_t embed_width, int64_t size, __mmask32 mask,
+                      int64_t rows, float* sum, int64_t stride, Ahead& ahead) {
+  alignas(64) BFloat16 panel[kPanelSize];
+  for (int64_t r = 0; r < rows; r += kQuadRows, p += kQuadTile, sum += kQuadRows * stride) {
+    const auto add = [&](auto add_some) { add_some(p, embed, embed_width, size, mask, sum, stride, panel, ahead); };
+    const bool is_first = r == 0;
+    switch (rows - r) {
+      case 1: is_first ? add(add_columns<1, groups, Panel::unused>) : add(add_columns<1, groups, Panel::read>); break;
+      case 2: is_first ? add(add_columns<2, groups, Panel::unused>) : add(add_columns<2, groups, Panel::read>); break;
+      case 3: is_first ? add(add_columns<3, groups, Panel::unused>) : add(add_columns<3, groups, Panel::read>); break;
+      case 4: is_first ? add(add_columns<4, groups, Panel::unused>) : add(add_columns<4, groups, Panel::read>); break;
+      default: is_first ? add(add_columns<4, groups, Panel::written>) : add(add_columns<4, groups, Panel::read>);
+    }
+  }
+}
+
+static inline int64_t num_panels(int64_t embed_width) {
+  return (embed_width + kPanelGroups * kPairs - 1) / (kPanelGroups * kPairs);
+}
+
+// sum[rows, columns] += p embed for the ids of a tile and every column.
+static void add_tile(const BFloat16* p, const BFloat16* embed, int64_t embed_width, int64_t size, int64_t rows, float* sum,
+                     int64_t stride, Ahead& ahead) {
+  constexpr int64_t panel = kPanelGroups * kPairs;
+  for (int64_t column = 0; column < embed_width; column += panel) {
+    const int64_t left = embed_width - column;
+    const __mmask32 mask = first_of(left >= panel ? kPairs : (left - 1) % kPairs + 1);
+    const auto add = [&](auto add_some) {
+      add_some(p, embed + column, embed_width, size, mask, rows, sum + column, stride, ahead);
+    };
+    left > 2 * kPairs ? add(add_panel<3>) : left > kPairs ? add(add_panel<2>) : add(add_panel<1>);
+  }
+}
+
+// 16 columns in their order, the first or second half of the 32 at `sums`.
+static inline floats in_order(const floats low, const floats high, int half) {
+  const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  return (floats)_mm512_permutex2var_ps((__m512)low, _mm512_add_epi32(first, _mm512_set1_epi32(8 * half)), (__m512)high);
+}
+
+}  // namespace FASTLATENT_ISA
+}  // namespace fastlatent

@@ -23,14 +23,15 @@ class Generate:
         self.sampling = build.sampling_of(config)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def drawing(self, requests: Sequence[Request], stop_ids: list[int]) -> Callable[[int], int]:
-        """A function that draws a row for each request and returns the number of tokens; its argument is the seed."""
+    def drawing(self, requests: Sequence[Request], stop_ids: list[int], max_new: int | None = None) -> Callable[[int], int]:
+        """A function that draws a row for each request, of at most `max_new` tokens (None: as the recipe says), and returns the
+        number of tokens; its argument is the seed."""
         input_ids_BP, mask_BP = left_padded([r.prompt.token_ids for r in requests], self.pad_id)
         input_ids_BP, mask_BP = input_ids_BP.to(self.model.device), mask_BP.to(self.model.device)
         s = self.sampling
         generation_config = GenerationConfig(
             do_sample=True, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
-            max_new_tokens=s.max_new_tokens, eos_token_id=stop_ids or None, pad_token_id=self.pad_id)
+            max_new_tokens=max_new or s.max_new_tokens, eos_token_id=stop_ids or None, pad_token_id=self.pad_id)
 
         def draw(number: int) -> int:
             # set on the model: generate fills what is None in an argument from there, and None means no EOS here

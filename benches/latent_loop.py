@@ -31,21 +31,22 @@ class LatentLoop:
         self.end_id = tokenizer.encode(config.thinking.end, add_special_tokens=False)[-1]
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def drawing(self, requests: Sequence[Request], stop_ids: list[int]) -> Callable[[int], int]:
-        """A function that draws a row for each request and returns the number of tokens; its argument is the seed."""
+    def drawing(self, requests: Sequence[Request], stop_ids: list[int], max_new: int | None = None) -> Callable[[int], int]:
+        """A function that draws a row for each request, of at most `max_new` tokens (None: as the recipe says), and returns the
+        number of tokens; its argument is the seed."""
         input_ids_BP, mask_BP = left_padded([r.prompt.token_ids for r in requests], self.pad_id)
         input_ids_BP, mask_BP = input_ids_BP.to(self.model.device), mask_BP.to(self.model.device)
 
         @torch.inference_mode()
         def draw(number: int) -> int:
             torch.manual_seed(number)
-            B, max_new = len(requests), self.sampling.max_new_tokens
+            B = len(requests)
             plain_B = torch.zeros(B, dtype=torch.bool, device=self.model.device)
             thinking_B, done_B = ~plain_B, plain_B.clone()
             cache, mask_BL, drawn = DynamicCache(), mask_BP, []
             input_BLD = self.method.embed(input_ids_BP.flatten(), mask_BP.flatten() < 0, None).unflatten(0, input_ids_BP.shape)
             position_BL = (mask_BP.cumsum(1) - 1).clamp(min=0)
-            for _ in range(max_new):
+            for _ in range(max_new or self.sampling.max_new_tokens):
                 out = self.model(inputs_embeds=input_BLD, attention_mask=mask_BL, position_ids=position_BL, past_key_values=cache,
                                  use_cache=True, logits_to_keep=1)
                 token_B, mixture_BD = mix(out.logits[:, -1], self.model.get_input_embeddings().weight, self.sampling)

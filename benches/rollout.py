@@ -8,7 +8,8 @@ for groups of 8 and for prompts that all differ, and ends in three ways (`ENDS`)
 nothing behind a stop, no forced text. `generate` runs as it comes: padded prompts, its own cache, every row carried
 along until the last one stops. `hrpo_topk` mixes the published 50 likeliest tokens, `hrpo_full` the whole vocabulary; the
 latter multiplies with the head's size twice, so its bound beside plain tokens is (body + head) / (body + 2 head). `loop` is a
-plain transformers loop with the same latents (`benches/latent_loop.py`).
+plain transformers loop with the same latents (`benches/latent_loop.py`). Each line also says what one decode step asks of the
+host and the device (`benches/steps.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 from benches import results, setting
 from benches.generate import Generate
 from benches.latent_loop import LatentLoop
 from benches.results import Result
+from benches.steps import per_step
 from benches.timing import Lap, interleave, seconds
 from fastlatent import build, models
 from fastlatent.cli import run_command
@@ -37,7 +40,8 @@ ENDS = {
 }
 MODES = {"discrete": ("discrete",), "hrpo_topk": ("latent", "sampling.top_k=50", "model.freeze_embedding=true"), "hrpo_full": ("latent",)}
 """The recipe of each mode, and what is different in it."""
-OURS = {"hf": ("engine.max_batch={batch}",), "vllm": ("engine.name=vllm", "engine.max_batch={batch}", "engine.max_batch_tokens=4096", "engine.kv_cache_gib=1")}
+OURS = {"hf": ("engine.name=hf", "engine.max_batch={batch}"),
+        "vllm": ("engine.name=vllm", "engine.max_batch={batch}", "engine.kv_cache_gib=1")}
 ENGINES = (*OURS, "loop", "generate")
 GROUP_SIZE = 8
 
@@ -60,8 +64,9 @@ class OurEngine:
             stops = stop_ids(self.config, tokenizer, ends)
             self.spans[ends] = ThinkingSpan(tokenizer, vocab_size, stops, thinking, AnswerConfig(), device)
 
-    def drawing(self, requests: Sequence[Request], ends: str) -> Draw:
+    def drawing(self, requests: Sequence[Request], ends: str, max_new: int | None = None) -> Draw:
         sampling = build.sampling_of(self.config)
+        sampling = replace(sampling, max_new_tokens=max_new or sampling.max_new_tokens)
 
         def draw(number: int) -> int:
             self.engine.span = self.spans[ends]
@@ -81,8 +86,8 @@ class Plain:
         self.config, self.tokenizer = setting.config(recipe, args.model, *overrides), tokenizer
         self.loop = make(self.config, tokenizer)
 
-    def drawing(self, requests: Sequence[Request], ends: str) -> Draw:
-        return self.loop.drawing(requests, stop_ids(self.config, self.tokenizer, ends))
+    def drawing(self, requests: Sequence[Request], ends: str, max_new: int | None = None) -> Draw:
+        return self.loop.drawing(requests, stop_ids(self.config, self.tokenizer, ends), max_new)
 
 
 def stop_ids(config: Config, tokenizer, ends: str) -> list[int]:
@@ -111,12 +116,14 @@ def _measure(sides: dict[str, OurEngine | Plain], batch: int, args, tokenizer) -
     out = []
     for group_size in sorted({GROUP_SIZE, 1} if batch % GROUP_SIZE == 0 else {1}, reverse=True):
         requests = [Request(p, 0, sample) for p in prompts[: batch // group_size] for sample in range(group_size)]
+        few = requests[:GROUP_SIZE]  # a step's operators do not depend on its rows
+        steps = {name: per_step(partial(side.drawing, few, "equal"), build.device_of(config)) for name, side in sides.items()}
         for ends in args.ends:
             case = f"{len(requests) // group_size}x{group_size} {ends}"
             laps = interleave({name: side.drawing(requests, ends) for name, side in sides.items()}, args.rounds)
             facts = fixed | {"batch": len(requests), "group_size": group_size, "ends": ENDS[ends]}
-            out += [_result(case, name, laps, facts, config) for name in sides]
-            print("\n".join(_line(result) for result in out[-len(sides):]), flush=True)
+            out += [_result(case, name, laps, facts | steps[name].facts(), config) for name in sides]
+            print("\n".join(f"{_line(result)}  {steps[result.variant].line()}" for result in out[-len(sides):]), flush=True)
     return out
 
 

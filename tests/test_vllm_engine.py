@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import test_replay
@@ -12,14 +13,18 @@ import tiny
 import torch
 from test_replay import BF16_CONTROL_FACTOR, BF16_MEAN_TOLERANCE, FORCED, FP32_TOLERANCE, SAMPLED, TEMPERATURE, batches, gaps
 
+from benches.steps import Operators
+from fastlatent.config import load_config
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
-from fastlatent.rollout.vllm_engine import VLLMEngine
+from fastlatent.rollout.vllm_engine import CPU_HEAD_SIZES, VLLMEngine
 from fastlatent.schema import AnswerConfig, ThinkingConfig
 from fastlatent.types import Rollout, Sampling
 from fastlatent.vllm_plugin import surface
+from fastlatent.vllm_plugin.cpu_norm import PROVIDER
 
-pytest.importorskip("vllm", reason="the CPU build of vllm is not installed: make vllm")
+# looked for, not imported: vllm changes the process that imports it, and other tests share this one
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="the CPU build of vllm is not installed: make vllm")
 
 SAMPLING = Sampling(temperature=TEMPERATURE, max_new_tokens=32)
 TRUNCATED = replace(SAMPLING, top_k=50)
@@ -195,7 +200,61 @@ def test_what_it_plans_to_hold_is_what_it_holds():
     engine.generate(requests([3], 1), SAMPLING)
     assert planned["record"] == engine.slots.size_bytes > 17 * 22 * 64 * 4  # a float32 mixture at each place of 16 slots and one
     assert 0 < planned["keys and values"] <= 0.05 * 2**30
-    assert planned["weights"] > 320 * 64 * 4
+    assert planned["weights"] >= sum(tensor.nbytes for _, tensor in policy().published())
+
+
+def test_no_hook_of_ours_waits_for_the_device():
+    """In no step, whether it reads chunks of prompts, decodes or does both; vLLM's own code on a CPU does wait."""
+    engine = start(policy())
+    stock, steps = engine.engine.step, []
+
+    def counted():
+        with Operators() as operators:
+            out = stock()
+        steps.append(operators)
+        return out
+
+    engine.engine.step = counted
+    engine.generate(requests(), SAMPLING)
+    engine.generate(requests(), TRUNCATED)
+    assert len(steps) > 40 and all(s.counted.operators > s.counted.own_operators > 0 for s in steps)
+    assert {name for s in steps for name in s.own_syncs_seen} == set()
+
+
+# ---- vLLM's norm on a CPU ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_rounds_no_worse_than_the_one_it_replaces(dtype):
+    from vllm import ir
+
+    plain_engine()  # which offers it to vLLM
+    generator = torch.Generator().manual_seed(0)
+    x, residual, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((37, 576), (37, 576), (576,)))
+    norm, add = ({p: op.impls[p].impl_fn for p in (PROVIDER, "native")} for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm))
+
+    def check(ours, native, read):
+        exact = read.double() * torch.rsqrt(read.double().square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+        allowed = 2 * (native - exact).abs().max() + (torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps) * exact.abs().max()
+        assert (ours - exact).abs().max() <= allowed
+        assert (ours - exact).abs().max() > 0 and (x - exact).abs().max() > 5 * allowed
+
+    check(norm[PROVIDER](x, weight, 1e-5), norm["native"](x, weight, 1e-5), x)
+    (ours, summed), (native, native_sum) = (add[p](x.clone(), residual.clone(), weight, 1e-5) for p in (PROVIDER, "native"))
+    assert torch.equal(summed, native_sum)
+    check(ours, native, x.double() + residual.double())
+
+
+def test_the_norm_is_the_one_that_runs():
+    from vllm import ir
+
+    plain_engine()
+    x, weight = torch.ones(3, 64), torch.ones(64)
+    assert ir.ops.rms_norm.dispatch(x, weight, 1e-5).provider == PROVIDER
+    assert ir.ops.fused_add_rms_norm.dispatch(x, x, weight, 1e-5).provider == PROVIDER
+    strided = torch.ones(3, 2, 64)[:, 0]  # a part of a row, as the norms of Qwen3's heads get it
+    assert ir.ops.rms_norm.dispatch(strided, weight, 1e-5).provider == "native"
+    assert ir.ops.rms_norm.dispatch(x, weight.bfloat16(), 1e-5).provider == "native"
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------------
@@ -227,6 +286,15 @@ def test_new_weights_are_the_trainers(is_tied, monkeypatch):
     stale = engine.own_head_weight_VD
     monkeypatch.setattr(engine, "_own_head_weight", lambda weight_VD: stale)
     engine.load_weights(moved(policy_).published(), 2)
+    assert gaps(policy_, batches(engine.generate(requests(), SAMPLING), "packed")).max() > FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("stale", ["model.", "method."])
+def test_weights_of_one_kind_that_were_not_handed_over_are_caught(stale):
+    policy_ = tiny.policy("hrpo", num_heads=2)
+    engine, before = start(policy_), {name: tensor.clone() for name, tensor in policy_.published()}
+    moved(policy_)
+    engine.load_weights(((n, before[n] if n.startswith(stale) else t) for n, t in policy_.published()), 1)
     assert gaps(policy_, batches(engine.generate(requests(), SAMPLING), "packed")).max() > FP32_TOLERANCE
 
 
@@ -282,6 +350,20 @@ def test_an_unknown_family_is_named():
     other = type("GemmaConfig", (type(config),), {"model_type": "gemma"})()
     with pytest.raises(UserError, match="vllm runs llama, qwen2, qwen3 models here, not 'gemma'"):
         VLLMEngine.check(VLLMEngine.Config(), other, CPU)
+
+
+def test_heads_that_it_cannot_attend_with_are_named():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
+    with pytest.raises(UserError, match="engine.name: vllm attends on a CPU with heads of 32, .* and this model's have 16, or use"):
+        VLLMEngine.check(VLLMEngine.Config(), tiny.policy("grpo").base.config, CPU)
+
+
+def test_what_would_change_the_policy_is_no_option():
+    for word in ("speculative_config=ngram", "pipeline_parallel_size=2", "logits_processors=[mine.edit]", "min_tokens=4"):
+        with pytest.raises(UserError, match=f"engine.{word.partition('=')[0]}: no such option"):
+            load_config("grpo_quickstart", "engine.name=vllm", f"engine.{word}")
 
 
 def test_a_prompt_or_completion_that_does_not_fit_is_named():

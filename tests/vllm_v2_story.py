@@ -10,6 +10,7 @@ import tiny
 import torch
 from test_replay import FORCED, SAMPLED, TEMPERATURE, batches, gaps, without_latents
 
+from benches.steps import Operators
 from fastlatent.rollout.vllm_engine import VLLMEngine
 from fastlatent.types import Sampling
 
@@ -35,7 +36,15 @@ def seen(engine: VLLMEngine, policy, ends) -> dict:
 
     scheduler._preempt_request = count
     requests = tiny.requests(tiny.prompts(LENGTHS), 1)
+    operators, step = Operators(), engine.engine.step
+
+    def counted():
+        with operators:
+            return step()
+
+    engine.engine.step = counted
     ours = engine.generate(requests, SAMPLING)
+    engine.engine.step = step
     theirs = tiny.engine(policy, *ends).generate(requests, SAMPLING)
     return {
         "same_tokens": [r.token_ids for r in ours] == [r.token_ids for r in theirs],
@@ -43,6 +52,7 @@ def seen(engine: VLLMEngine, policy, ends) -> dict:
         "gap": gaps(policy, batches(ours, "packed")).max().item(),
         "gap_without_latents": gaps(policy, batches(ours, "packed"), without_latents).max().item(),
         "preempted": preempted, "num_tokens": [len(r.token_ids) for r in ours],
+        "own_operators": operators.counted.own_operators, "own_syncs": operators.own_syncs_seen,
         "free_slots": len(engine.slots.free), "version": ours[0].version,
     }
 

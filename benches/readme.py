@@ -1,23 +1,27 @@
-"""The README's measured numbers, generated from the lines in `baselines/`: `python -m benches.readme` writes them between its markers.
+"""What the README generates, written between its markers by `python -m benches.readme`: measured numbers, from the lines in
+`baselines/`, and what was ever seen of the paths that need a GPU, from `gpu_status.jsonl`.
 
-A row is the newest line of its bench, case, variant and machine; each table says what it was measured on. A kind of bench
-without a table below is not shown, nor is a line that its table does not keep.
+A row of numbers is the newest line of its bench, case, variant and machine; each table says what it was measured on. A kind of
+bench without a table below is not shown, nor is a line that its table does not keep. Of a recipe that has become longer the
+shorter runs are not shown.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benches import results
+from benches import gpu_status, results
 from fastlatent.cli import Parser, run_command
 from fastlatent.errors import UserError
 
 README = Path(__file__).parents[1] / "README.md"
-START, END = "<!-- measured: from benches/baselines by python -m benches.readme -->", "<!-- /measured -->"
+MEASURED = "<!-- measured: from benches/baselines by python -m benches.readme -->", "<!-- /measured -->"
+GPU = "<!-- gpu: from benches/gpu_status.jsonl by python -m benches.readme -->", "<!-- /gpu -->"
 
 Row = Mapping[str, Any]
 Cell = Callable[[Row], str]
@@ -64,21 +68,28 @@ def is_kernel_shown(row: Row) -> bool:
     return row["facts"]["is_headline"] and row["variant"] not in ("eager", "torch.compile")
 
 
+def is_recipe_as_it_is(row: Row) -> bool:
+    """Not a run that was given other options than its recipe's."""
+    return not row["facts"].get("changes")
+
+
 class Table(NamedTuple):
     title: str
     columns: dict[str, Cell]
     is_shown: Callable[[Row], bool] = lambda row: True
+    order: Callable[[Row], Any] = lambda row: row["time"]
 
 
 TABLES = {
     "learning": Table(
         "What a run learns: mean reward of its first 3 and last 5 steps; greedy accuracy on 128 held-out problems before and "
-        "after, and after with the latents switched off or shuffled among rows", {
+        "after, and after with the latents switched off or shuffled among rows; tokens of thinking in those completions, after", {
             "recipe": lambda row: row["case"], "run": lambda row: row["variant"],
             "reward": change("reward_first", "reward_last"), "accuracy": change("accuracy_before", "accuracy_after"),
             "latents off": fact("accuracy_latents_off", "{:.2f}"), "shuffled": fact("accuracy_latents_shuffled", "{:.2f}"),
-            "thinking tokens": fact("thinking_length", "{:.1f}"), "wall s": metric("wall_s", "{:.0f}"),
-        }),
+            "thinking tokens": fact("thinking_after", "{:.1f}"), "collapse alarms": fact("alarms"),
+            "wall s": metric("wall_s", "{:.0f}"),
+        }, is_recipe_as_it_is, order=lambda row: (row["case"], row["variant"])),
     "rollout": Table(
         "Rollout: drawn tokens per second beside transformers' `generate`, same prompts, weights and cap, interleaved rounds; "
         "median (20th to 80th percentile). `stops`: rows end at an EOS or newline; `equal`: all rows have equal length; "
@@ -109,16 +120,27 @@ TABLES = {
 def generated(lines: Iterable[Row]) -> str:
     """The text between the markers, ending in a newline; empty where there are no lines."""
     newest = {(row["bench"], machine(row), row["case"], row["variant"]): row
-              for row in sorted(lines, key=lambda row: row["time"])}
+              for row in not_outgrown(sorted(lines, key=lambda row: row["time"]))}
     blocks = []
     for bench, table in TABLES.items():
         rows = [row for row in newest.values() if row["bench"] == bench and table.is_shown(row)]
         if rows:
             blocks.append(f"{table.title}.")
         # one table for each set of conditions
-        for where, group in groupby(sorted(rows, key=conditions), key=conditions):
+        for where, group in groupby(sorted(rows, key=lambda row: (conditions(row), table.order(row))), key=conditions):
             blocks.append(_table(table.columns, list(group)) + f"\n\n<sub>{where}</sub>")
     return "\n\n".join(blocks) + "\n" if blocks else ""
+
+
+def not_outgrown(lines: list[Row]) -> list[Row]:
+    """Without runs of fewer steps than the newest of their recipe on their machine; `lines` from the oldest on."""
+    steps = {_recipe(row): row["facts"]["steps"] for row in lines if row["bench"] == "learning"}
+    return [row for row in lines if row["bench"] != "learning" or row["facts"]["steps"] >= steps[_recipe(row)]]
+
+
+def _recipe(row: Row) -> tuple[str, str, str]:
+    """Of a learning run: where, what, and with which options of its own; the seed and the number of steps left out."""
+    return machine(row), row["case"], re.sub(r"^seed -?\d+, \d+ steps", "", row["variant"])
 
 
 def machine(row: Row) -> str:
@@ -130,13 +152,18 @@ def machine(row: Row) -> str:
 
 def conditions(row: Row) -> str:
     """The machine and the software, as printed beneath a table."""
-    versions, git = row["versions"], row["git"]
-    commit = "no commit" if git is None else f"commit {git['commit'][:7]}" + (" with changes" if git["dirty"] else "")
-    return f"{machine(row)}; torch {versions['torch']}, transformers {versions['transformers']}; {commit}, {row['time'][:10]}"
+    versions = row["versions"]
+    return f"{machine(row)}; torch {versions['torch']}, transformers {versions['transformers']}; {row['time'][:7]}"
 
 
-def _table(columns: Mapping[str, Cell], rows: list[Row]) -> str:
-    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+def commit(row: Row) -> str:
+    """What was measured; `+` where files were changed since."""
+    git = row["git"]
+    return "" if git is None else git["commit"][:7] + "+" * git["dirty"]
+
+
+def _table(columns: dict[str, Cell], rows: list[Row]) -> str:
+    cells = {name: [cell(row) for row in rows] for name, cell in (columns | {"commit": commit}).items()}
     kept = {name: column for name, column in cells.items() if any(column)}
     lines = [list(kept), ["---"] * len(kept), *zip(*kept.values(), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -147,19 +174,24 @@ def baselines() -> list[Row]:
     return [row for path in sorted(results.BASELINES.glob("*.jsonl")) for row in results.read(path)]
 
 
-def filled(readme: str, text: str) -> str:
-    """`readme` with `text` between its markers; UserError where it has not exactly one pair of them."""
-    if readme.count(START) != 1 or readme.count(END) != 1:
-        raise UserError(f"README.md: wanted one {START!r} and one {END!r}")
-    head, _, rest = readme.partition(START)
-    return f"{head}{START}\n{text}{END}{rest.partition(END)[2]}"
+def filled(readme: str, text: str, markers: tuple[str, str] = MEASURED) -> str:
+    """`readme` with `text` between the markers; UserError where it has not exactly one pair of them."""
+    start, end = markers
+    if readme.count(start) != 1 or readme.count(end) != 1:
+        raise UserError(f"README.md: wanted one {start!r} and one {end!r}")
+    head, _, rest = readme.partition(start)
+    return f"{head}{start}\n{text}{end}{rest.partition(end)[2]}"
+
+
+def whole(readme: str) -> str:
+    """`readme` with everything generated anew."""
+    return filled(filled(readme, generated(baselines())), gpu_status.table(gpu_status.read()), GPU)
 
 
 def main(argv: list[str]) -> None:
     Parser(prog="python -m benches.readme", description=__doc__.splitlines()[0]).parse_args(argv)
-    lines = baselines()
-    README.write_text(filled(README.read_text(), generated(lines)))
-    print(f"{README.name}: {len(lines)} lines of results", file=sys.stderr)
+    README.write_text(whole(README.read_text()))
+    print(f"{README.name}: {len(baselines())} lines of results, {len(gpu_status.read())} paths of a GPU", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Results on file: a JSON line for each variant measured, in `baselines/<hardware>.jsonl`, with what may explain it.
 
-    {"bench": "rollout", "case": "4x8 equal", "variant": "hf-latent", "metrics": {"rate_tok_s": ...},
+    {"bench": "rollout", "case": "4x8 equal", "variant": "hf-hrpo_topk", "metrics": {"rate_tok_s": ...},
      "spread": {...}, "facts": {...}, "git": {...}, "hardware": {...}, "versions": {...}, "threads": {...},
      "load": [...], "time": "..."}
 """

@@ -70,6 +70,7 @@ def check_model(config: Config) -> None:
     """Find out from its architecture alone whether the model can be trained and rolled out, before its weights are loaded."""
     model = models.skeleton(models.resolve_model(config.model.path), config.model.trust_remote_code)
     check_supported(model, config.model)
+    _check_length(config, getattr(model.config, "max_position_embeddings", None))
     device = device_of(config)
     flash.choose(config.model.attention, device, compute_dtype(config.model, device), model.config)
     if config.model.liger:
@@ -77,6 +78,14 @@ def check_model(config: Config) -> None:
     if config.model.compile and device.type == "cpu" and not any(map(which, COMPILERS)):
         raise UserError(f"model.compile: on a CPU torch.compile needs a C++ compiler, one of {', '.join(COMPILERS)} on the PATH")
     ENGINES.find(config.engine.name, "engine.name").check(config.engine, model.config, device)
+
+
+def _check_length(config: Config, most: int | None) -> None:
+    """`most`: tokens that the model was made to read; None where it does not say."""
+    prompt, completion = config.chat.max_prompt_tokens, config.sampling.max_new_tokens
+    if most is not None and prompt + completion > most:
+        raise UserError(f"model.path: the model reads at most {most} tokens; wanted chat.max_prompt_tokens={prompt} and "
+                        f"sampling.max_new_tokens={completion} to add up to no more")
 
 
 def check_method(config: Config, tokenizer) -> list[str]:

@@ -9,6 +9,7 @@ Nsight attaches when a process starts, so a run that asks for it and was started
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -92,8 +93,8 @@ class Capture:
         self._stop()
 
     def _start(self) -> None:
-        self._is_on = True
         self._recorder.start()
+        self._is_on = True
 
     def _stop(self, range_: str | None = None) -> None:
         if self._is_on:
@@ -141,7 +142,8 @@ class CudaRecorder:
 class TorchRecorder:
     """torch.profiler, as a Chrome trace in the run folder's `profile/`, with a snapshot of the allocator of CUDA.
 
-    The snapshot is in the one format that https://pytorch.org/memory_viz reads, a pickle; nothing here ever reads it back.
+    The snapshot is JSON of what torch gives (segments, blocks, and the events of the allocator with their stacks): torch's own
+    file of it, which https://pytorch.org/memory_viz reads, would be a pickle.
     """
 
     def __init__(self, folder: Path, config: Config):
@@ -168,10 +170,10 @@ class TorchRecorder:
                 said.append("no memory snapshot, because torch keeps the history of CUDA's allocator alone")
             self._has_excused = True
             return said
-        snapshot = self._folder / f"{name}-memory.pickle"
-        torch.cuda.memory._dump_snapshot(str(snapshot))
+        snapshot = self._folder / f"{name}-memory.json"
+        snapshot.write_text(json.dumps(torch.cuda.memory._snapshot(), default=str))
         torch.cuda.memory._record_memory_history(enabled=None)
-        return [*said, f"wrote {snapshot}, for https://pytorch.org/memory_viz"]
+        return [*said, f"wrote {snapshot}"]
 
 
 # ---- Nsight ---------------------------------------------------------------------------------------------------------

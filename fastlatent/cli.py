@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import NoReturn
 
 from fastlatent import __version__
@@ -27,6 +29,18 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def check_writable(what: str, path: Path) -> None:
+    """UserError unless a file or folder can be made at `path`. Leaves nothing behind but the folders above it."""
+    if path.is_dir():
+        raise UserError(f"{what}: {path} is a folder, wanted a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{what}: {path} cannot be written ({error.strerror})") from None
 
 
 class Parser(argparse.ArgumentParser):

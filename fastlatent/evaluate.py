@@ -10,15 +10,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from fastlatent import build, evaluation
-from fastlatent.cli import Parser, run_command
+from fastlatent.cli import Parser, check_writable, run_command
 from fastlatent.data.base import DATASETS, Example
 from fastlatent.data.chat import encode_prompt
 from fastlatent.data.rows import RowsConfig
 from fastlatent.errors import UserError
 from fastlatent.evaluation import Sample
 from fastlatent.rewards.pool import RewardPool
+from fastlatent.schema import Config
 from fastlatent.step_metrics import sample_row
-from fastlatent.trained import Trained, add_arguments, open_run
+from fastlatent.trained import add_arguments, add_engine, open_run, run_config
 from fastlatent.types import Prompt
 
 
@@ -51,9 +52,8 @@ def report(samples: Sequence[Sample], num_samples: int) -> list[str]:
     return lines
 
 
-def _examples(trained: Trained, path: str | None, limit: int) -> Sequence[Example]:
+def _examples(config: Config, path: str | None, limit: int) -> Sequence[Example]:
     """Rows of FILE by the run's own column names, or the run's held-out data."""
-    config = trained.config
     if path is None:
         examples = DATASETS.find(config.data.name, "data.name")(config.data, config.seed).held_out
     else:
@@ -69,6 +69,7 @@ def _examples(trained: Trained, path: str | None, limit: int) -> Sequence[Exampl
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m fastlatent.evaluate", description=__doc__)
     add_arguments(parser)
+    add_engine(parser)
     parser.add_argument("--data", metavar="FILE", help="jsonl file (default: the run's held-out data)")
     parser.add_argument("--samples", type=int, default=0, help="samples per question; 0 is one greedy completion")
     parser.add_argument("--limit", type=int, default=0, help="only the first N questions")
@@ -80,15 +81,17 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--data: {args.data}: no such file")
     if args.out and not Path(args.out).parent.is_dir():
         raise UserError(f"--out: {Path(args.out).parent} is no folder")
-    trained = open_run(args.run, args.checkpoint, args.device)
-    prompts = []
-    for example in _examples(trained, args.data, args.limit):
-        text, token_ids = encode_prompt(trained.tokenizer, example, trained.config.chat)
+    config = run_config(args.run, args.device, args.engine)
+    check_writable("--out", Path(args.out or Path(args.run) / "evaluation.jsonl"))
+    tokenizer, prompts = build.tokenizer(config), []
+    for example in _examples(config, args.data, args.limit):
+        text, token_ids = encode_prompt(tokenizer, example, config.chat)
         prompts.append(Prompt(example.id, text, tuple(token_ids), example.answer, example.columns))
-    with RewardPool(trained.config.rewards) as pool:
+    with RewardPool(config.rewards, columns=set(prompts[0].columns)) as pool:
+        trained = open_run(args.run, args.checkpoint, args.device, args.engine)
         samples = evaluation.evaluate(
-            trained.engine(), prompts, build.sampling_of(trained.config, greedy=not args.samples), args.samples or 1,
-            trained.tokenizer, pool, trained.config.thinking.end)
+            trained.engine(), prompts, build.sampling_of(config, greedy=not args.samples), args.samples or 1, tokenizer, pool,
+            config.thinking.end)
     out = Path(args.out or Path(args.run) / f"evaluation-{trained.step:06d}.jsonl")
     out.write_text("".join(json.dumps(sample_row(trained.step, s)) + "\n" for s in samples))
     print("\n".join([f"checkpoint {trained.path}", *report(samples, args.samples or 1), f"samples   {out}"]))

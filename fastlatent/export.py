@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from fastlatent import __version__
-from fastlatent.cli import Parser, run_command
+from fastlatent.cli import Parser, check_writable, run_command
 from fastlatent.config import to_dict
 from fastlatent.errors import UserError
 from fastlatent.policy import DTYPES
-from fastlatent.trained import Trained, add_arguments, open_run
+from fastlatent.trained import Trained, add_arguments, open_run, run_config
 
 
 @torch.no_grad()
@@ -58,6 +58,8 @@ def main(argv: list[str]) -> None:
     folder = Path(args.dir)
     if folder.exists():
         raise UserError(f"{folder}: exists already; wanted a new folder")
+    run_config(args.run)
+    check_writable("DIR", folder)
     trained = open_run(args.run, args.checkpoint, args.device)
     export(trained, folder, DTYPES[args.dtype])
     print(f"{folder}: {trained.path.name} of {args.run} as a Hugging Face checkpoint"

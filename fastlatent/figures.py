@@ -12,10 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastlatent.live import PHASES
+from fastlatent.metrics import PHASES, phase_seconds
 
 INK, MUTED, GRID = "#1d2733", "#5b6875", "#e6eaee"
 COLOURS = ("#2563a8", "#d9822b", "#3d8f5f", "#8a63b0")
+PHASE_COLOURS = dict(zip(PHASES, (COLOURS[0], COLOURS[3], "#c9a227", COLOURS[1], COLOURS[2]), strict=True))
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID,
     "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False,
@@ -102,11 +103,14 @@ def _band(axes: Axes, *, rows: list[dict], name: str, spread: str) -> None:
 def _stack(axes: Axes, *, rows: list[dict]) -> None:
     """Phases on top of each other, and what none of them accounts for."""
     timed = [row for row in rows if row.get("time/step") is not None]
-    parts = {phase.replace("_", " "): [row.get(f"time/{phase}") or 0.0 for row in timed] for phase in PHASES}
+    seconds = [phase_seconds(row) for row in timed]
+    known = [phase for phase in PHASES if any(phase in of_row for of_row in seconds)]
+    parts = {phase: [of_row.get(phase, 0.0) for of_row in seconds] for phase in known}
     rest = [max(row["time/step"] - sum(part), 0.0) for row, *part in zip(timed, *parts.values(), strict=True)]
     bottom = [0.0] * len(timed)
-    for (label, values), colour in zip((parts | {"other": rest}).items(), (*COLOURS, "#b8c1ca"), strict=True):
-        axes.bar([row["step"] for row in timed], values, bottom=bottom, width=0.9, color=colour, label=label)
+    colours = PHASE_COLOURS | {"other": "#b8c1ca"}
+    for label, values in (parts | {"other": rest}).items():
+        axes.bar([row["step"] for row in timed], values, bottom=bottom, width=0.9, color=colours[label], label=label)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     axes.set_ylabel("seconds")
     _legend(axes)
@@ -114,5 +118,5 @@ def _stack(axes: Axes, *, rows: list[dict]) -> None:
 
 def _legend(axes: Axes) -> None:
     """Above the data, where it hides nothing."""
-    axes.legend(ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, columnspacing=1.2,
+    axes.legend(ncols=6, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, columnspacing=1.2,
                 handlelength=1.2)

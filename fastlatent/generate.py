@@ -10,7 +10,7 @@ from fastlatent.data.base import Example
 from fastlatent.data.chat import encode_prompt
 from fastlatent.errors import UserError
 from fastlatent.evaluation import EVAL_STEP
-from fastlatent.trained import Trained, add_arguments, open_run
+from fastlatent.trained import Trained, add_arguments, add_engine, open_run
 from fastlatent.types import Prompt, Request, Rollout
 
 
@@ -39,12 +39,13 @@ def describe(trained: Trained, rollout: Rollout, text: str) -> str:
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m fastlatent.generate", description=__doc__)
     add_arguments(parser)
+    add_engine(parser)
     parser.add_argument("question")
     parser.add_argument("--samples", type=int, default=0, help="draw this many samples instead of the greedy completion")
     args = parser.parse_args(argv)
     if args.samples < 0:
         raise UserError(f"--samples: wanted 0 or more, got {args.samples}")
-    trained = open_run(args.run, args.checkpoint, args.device)
+    trained = open_run(args.run, args.checkpoint, args.device, args.engine)
     drawn = draw(trained, args.question, num_samples=args.samples or 1, greedy=not args.samples)
     print("\n\n".join(describe(trained, *row) for row in drawn))
 

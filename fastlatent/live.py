@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastlatent.metrics import phase_seconds
+
 SHOWN = {
     "reward": ("reward", ".3f"), "sft/loss": ("loss", ".3f"), "sft/latent_kl": ("latent kl", ".3f"), "completions/mean_length": ("len", ".1f"), "entropy": ("entropy", ".2f"),
     "kl": ("kl", ".4f"), "latent/gate_mean": ("gate", ".3f"), "grad_norm": ("grad", ".2f"),
@@ -21,8 +23,8 @@ SHOWN = {
 """Metrics in the order they are shown, each with its short name and format."""
 
 QUIET_AT_ZERO = ("kl", "guard/skipped_steps")
-PHASES = {"rollout": "cyan", "reward": "magenta", "update": "green", "weight_sync": "yellow"}
-"""The spans that together make up a step, and their colours."""
+PHASES = {"rollout": "cyan", "reward": "magenta", "sync": "yellow", "score": "blue", "update": "green"}
+"""Colours of what a step's time goes into (metrics.PHASES)."""
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -110,9 +112,9 @@ def step_line(metrics: Mapping[str, float], num_steps: int) -> str:
 
 
 def time_split(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Share of the step's time that each of PHASES took."""
+    """Share of the step's time that each of PHASES took; disjoint."""
     total = metrics.get("time/step")
-    return {phase: metrics[f"time/{phase}"] / total for phase in PHASES if f"time/{phase}" in metrics} if total else {}
+    return {phase: seconds / total for phase, seconds in phase_seconds(metrics).items()} if total else {}
 
 
 def sparkline(values: Sequence[float]) -> str:

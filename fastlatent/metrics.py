@@ -7,15 +7,17 @@ configuration and the seed, and comes out bit for bit the same again.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 
 SPANS: dict[str, str] = {
-    "step": "one training step, from the first prompt to the synced weights",
-    "rollout": "drawing completions",
+    "step": "one training step, from its weights handed to the engine to the last optimizer step",
+    "rollout": "drawing completions and scoring them, every round of a step that draws again for lack of variance",
+    "rollout/weight_sync": "handing the weights to the engine, if it has older ones",
     "rollout/prefill": "reading the prompts",
     "rollout/decode": "drawing tokens one by one",
     "rollout/sample": "vocabulary head, draw and the method's decision, within decoding",
-    "reward": "decoding the text and scoring it",
+    "rollout/reward": "decoding the text and scoring it",
     "score_old": "log-probabilities under the weights that sampled",
     "score_ref": "log-probabilities under the frozen reference",
     "update": "learning from the step's groups",
@@ -24,11 +26,27 @@ SPANS: dict[str, str] = {
     "update/head": "vocabulary head and log-probabilities",
     "update/backward": "backward pass",
     "update/optimizer": "gradient clip and optimizer step",
-    "weight_sync": "handing the new weights to the engine",
     "checkpoint": "saving",
     "evaluate": "held-out evaluation",
 }
-"""What may be timed with `profiling.span`."""
+"""What may be timed with `profiling.span`, in the order of a step:
+
+    step > rollout {weight_sync, prefill, decode {sample}, reward}, score_old, score_ref,
+           update {microbatch {forward, head, backward}, optimizer}
+    evaluate, checkpoint
+
+New weights are handed over when the engine next draws, which opens a rollout, or an evaluation: after the update would be outside of
+both. Sampling lies within decoding, because on a GPU one CUDA graph holds both. Held-out evaluation and saving come after the
+step: not every step has them, and its line in the log, with its time, is written before they begin. Scoring and evaluation pass
+through the code of update and rollout: a profiler shows those ranges within theirs, and the times of `update/*` and `rollout/*`
+leave them out, so that parts are never longer than their whole.
+"""
+
+PHASES: dict[str, tuple[str, ...]] = {
+    "rollout": ("rollout",), "reward": ("rollout/reward",), "sync": ("rollout/weight_sync",),
+    "score": ("score_old", "score_ref"), "update": ("update",)}
+"""What a step's time goes into, and the spans that tell. The step's rest is packing, bookkeeping, and an engine's giving its memory
+back for the update."""
 
 NAMES: dict[str, str] = {
     "step": "training steps finished when the line was written",
@@ -90,11 +108,11 @@ NAMES: dict[str, str] = {
     "guard/reward_{failure}": "rewards of the step that could not be had, by cause",
     "eval/accuracy": "held-out accuracy of the greedy completion",
     "eval/sampled_accuracy": "held-out accuracy of sampled completions",
-    "eval/accuracy_latents_{how}": "held-out greedy accuracy after training with latents on, off, or shuffled among rows",
+    "eval/accuracy_latents_{how}": "held-out greedy accuracy with latents on, off, or shuffled among rows, before and after training",
     "eval/mean_length": "mean length in tokens of held-out greedy completions",
     "eval/thinking_length": "mean number of thinking tokens in held-out greedy completions",
     "perf/tokens_per_s": "completion tokens per second of the whole step",
-    "perf/rollout_tokens_per_s": "completion tokens per second of the rollout",
+    "perf/rollout_tokens_per_s": "completion tokens per second of the rollout without rewards and hand-over of weights",
     "perf/peak_memory_gb": "most GPU memory allocated so far, in GiB",
     "perf/update_tokens_per_s": "packed tokens that the update learnt from per second of it",
     "perf/update_tflop_per_s": "operations that its forward and backward passes need, in 10^12 per second of the update",
@@ -102,6 +120,17 @@ NAMES: dict[str, str] = {
     "perf/oom_splits": "microbatches of the step that were split in two because memory ran out",
 } | {f"time/{name}": f"seconds of {meaning}" for name, meaning in SPANS.items()}
 """Every metric name and what it says; `{...}` stands for one part without a slash."""
+
+
+def phase_seconds(row: Mapping[str, float | None]) -> dict[str, float]:
+    """Seconds of each of PHASES in a line of the log; disjoint: a span's without those of the others that lie in it."""
+    out, spans = {}, [span for spans in PHASES.values() for span in spans]
+    for phase, outer in PHASES.items():
+        parts = [(span, row[f"time/{span}"]) for span in outer if row.get(f"time/{span}") is not None]
+        inner = (row.get(f"time/{other}") or 0.0 for span, _ in parts for other in spans if other.startswith(f"{span}/"))
+        if parts:
+            out[phase] = sum(seconds for _, seconds in parts) - sum(inner)
+    return out
 
 
 @lru_cache(maxsize=1024)

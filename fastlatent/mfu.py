@@ -2,8 +2,8 @@
 
 The usual count (PaLM, arXiv:2204.02311, appendix B): two operations a weight and token forward, as many for the gradient of the
 activations and, where the weight is trained, for its own; and the two products of attention, halved because it is causal. The
-head counts for the tokens that are learnt from. Recomputed activations, scoring passes, the optimizer and the method's own
-operations count not at all, and take their time.
+head counts for the tokens that are learnt from. Recomputed activations, the optimizer and the method's own operations count not
+at all, and take their time; passes that only score are no part of the update, neither their operations nor their time.
 """
 
 from __future__ import annotations
@@ -16,26 +16,17 @@ from torch import Tensor
 from fastlatent.types import Batch, Varlen
 
 PEAK_FLOP_S = {
-    "NVIDIA A100": 312e12,  # A100 data sheet, 2021
-    "NVIDIA L40S": 362e12,  # L40S data sheet, 2023
-    "NVIDIA H100": 989e12,  # H100 data sheet, 2023: SXM
-    "NVIDIA H100 PCIe": 756e12,  # the same
-    "NVIDIA H100 NVL": 835e12,  # H100 NVL data sheet, 2024
+    "NVIDIA H100 80GB HBM3": 989e12,  # H100 data sheet, 2023: SXM; the PCIe and NVL cards are other ones
     "NVIDIA H200": 989e12,  # H200 data sheet, 2024: SXM
-    "NVIDIA H200 NVL": 835e12,  # the same
-    "NVIDIA B200": 2250e12,  # HGX B200 data sheet, 2024: 36 PFLOP/s of eight, with sparsity
 }
-"""Dense bfloat16, which is half of what the vendor's data sheets say with sparsity; the longest key a device's name begins with."""
+"""Dense bfloat16, which is half of what the vendor's data sheets say with sparsity, by the device's whole name."""
 
 
 def peak_flop_s(device: torch.device, dtype: torch.dtype) -> float | None:
     """What this device could do in this dtype; None where that is not known."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    if " MIG " in name:  # a slice of one
-        return None
-    return PEAK_FLOP_S[max(known, key=len)] if (known := [key for key in PEAK_FLOP_S if name.startswith(key)]) else None
+    return PEAK_FLOP_S.get(torch.cuda.get_device_name(device))  # a MIG slice has another name
 
 
 def pair_flops(config) -> int:
@@ -63,7 +54,7 @@ class Cost:
 
     @classmethod
     def of(cls, base) -> Cost | None:
-        """`base` is the transformers model with its adapters in place; None for a mixture of experts, not all of which are used."""
+        """`base` is the transformers model, its adapters in place; None for a mixture of experts, not all of which are used."""
         if getattr(base.config, "num_experts_per_tok", None):
             return None
         head, tables = base.lm_head.weight, {base.get_input_embeddings().weight, base.lm_head.weight}

@@ -1,10 +1,11 @@
 """What a recording says: time and tokens of every span, how busy the device was in it, what it did, and where it waited.
 
-    python -m fastlatent.profile_report FILE
+    python -m fastlatent.profile_report FILE [--figure FIGURE.svg]
 
 FILE is a Chrome trace that `profile.steps=...` wrote, an Nsight Systems report exported to sqlite, or a run's metrics.jsonl.
-The numbers are printed, and a page with a timeline is written beside FILE, with nothing to install or to fetch. metrics.jsonl
-knows sums of steps only, so it has times and tokens but neither kernels nor gaps.
+The numbers are printed, and a page with a timeline is written beside FILE, with nothing to install or to fetch; --figure writes
+the timeline alone, coarser, to show elsewhere. metrics.jsonl knows sums of steps only, so it has times and tokens but neither
+kernels nor gaps, and no timeline.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
-from fastlatent.cli import run_command
+from fastlatent.cli import Parser, run_command
 from fastlatent.errors import UserError
 from fastlatent.figures import draw, figures_of
 from fastlatent.metrics import SPANS
-from fastlatent.profile_page import page, timeline_svg
+from fastlatent.profile_page import caption, page, timeline_file, timeline_svg
 from fastlatent.timeline import Row, Timeline, rows_of
 from fastlatent.timeline_readers import open_text, parse, read_chrome, read_nsys
 
@@ -31,10 +32,16 @@ OUTSIDE = ("evaluate", "checkpoint")
 
 
 def main(words: list[str]) -> None:
-    if len(words) != 1:
-        raise UserError("usage: python -m fastlatent.profile_report FILE")
-    path = Path(words[0])
-    rows, work, figure = _read(path)
+    parser = Parser(prog="python -m fastlatent.profile_report", description=__doc__.splitlines()[0])
+    parser.add_argument("file", metavar="FILE", type=Path, help="Chrome trace, Nsight export in sqlite, or metrics.jsonl")
+    parser.add_argument("--figure", metavar="FIGURE.svg", type=Path, help="write the timeline alone, too")
+    args = parser.parse_args(words)
+    path = args.file
+    if args.figure is not None and args.figure.suffix != ".svg":
+        raise UserError(f"--figure: wanted a name that ends in .svg, got {args.figure}")
+    rows, work, figure, timeline = _read(path)
+    if args.figure is not None:
+        _write_figure(args.figure, path, timeline)
     lines = [*_table(rows, work), "", *_top(rows, work)]
     print("\n".join(lines).rstrip())
     out = path.with_name(f"{path.name.partition('.')[0]}.profile.html")
@@ -42,11 +49,20 @@ def main(words: list[str]) -> None:
     print(f"\n{out}")
 
 
+def _write_figure(figure: Path, path: Path, timeline: Timeline | None) -> None:
+    if timeline is None:
+        raise UserError(f"--figure: {path} holds sums of steps, and a timeline needs a recording of `profile.steps=...`")
+    try:
+        figure.write_text(timeline_file(timeline))
+    except OSError as error:
+        raise UserError(f"--figure: cannot write {figure}: {error.strerror}") from None
+
+
 # ---- what the file is -----------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> tuple[list[Row], str, str]:
-    """The rows, what their work is called, and the figure as HTML."""
+def _read(path: Path) -> tuple[list[Row], str, str, Timeline | None]:
+    """The rows, what their work is called, the figure as HTML, and the timeline where the file holds one."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: {'a folder, wanted a file' if path.is_dir() else 'no such file'}")
@@ -70,11 +86,11 @@ def _read(path: Path) -> tuple[list[Row], str, str]:
     raise UserError(f"{path}: neither a Chrome trace, nor an Nsight Systems export in sqlite, nor a run's metrics.jsonl")
 
 
-def _of_timeline(timeline: Timeline) -> tuple[list[Row], str, str]:
-    return rows_of(timeline), "kernels" if timeline.is_gpu else "ops", timeline_svg(timeline)
+def _of_timeline(timeline: Timeline) -> tuple[list[Row], str, str, Timeline]:
+    return rows_of(timeline), "kernels" if timeline.is_gpu else "ops", timeline_svg(timeline) + caption(timeline), timeline
 
 
-def _of_metrics(path: Path, lines: list[dict]) -> tuple[list[Row], str, str]:
+def _of_metrics(path: Path, lines: list[dict]) -> tuple[list[Row], str, str, None]:
     """Sums over the lines; a span's parent is in its name, or it is the step."""
     rows: dict[str, Row] = {}
     for line in lines:
@@ -93,10 +109,10 @@ def _of_metrics(path: Path, lines: list[dict]) -> tuple[list[Row], str, str]:
     image = BytesIO()
     figures = {name: draw_on for name, _, draw_on in figures_of(lines)}
     if "time" not in figures:
-        return order, "", ""
+        return order, "", "", None
     draw(figures["time"], image)
     source = base64.b64encode(image.getvalue()).decode()
-    return order, "", f'<img alt="Seconds of each step" src="data:image/png;base64,{source}">'
+    return order, "", f'<img alt="Seconds of each step" src="data:image/png;base64,{source}">', None
 
 
 # ---- as text --------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def write_report(folder: Path) -> Path:
         _table("Configuration", leaves(config)),
         _table("Where it ran", leaves({key: facts[key] for key in facts if key not in ("config", "sessions")}))])
     path = folder / "report.html"
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
     return path
 
 

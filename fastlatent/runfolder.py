@@ -69,6 +69,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"out: cannot use {error.filename or path}: {error.strerror}") from None
 
+    @staticmethod
+    def engine_to_resume(config: Mapping[str, Any], cwd: Path = Path(".")) -> dict[str, Any]:
+        """The `engine` section of the run that `open` would go on with; UserError where there is none."""
+        return read_config(_resumable(_plain(config), Path(cwd)))["engine"]
+
     def log(self, metrics: Mapping[str, float], samples: Sequence[dict] = ()) -> None:
         """Append a line to metrics.jsonl and the rows to samples.jsonl."""
         self._metrics.append(dict(metrics))
@@ -101,8 +106,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """`key (mine here, theirs there)` for the first key in which two configurations differ; None where they agree."""
+    """`key (mine here, theirs there)` for the first key in which two configurations differ; None where they agree.
+
+    Where ours leaves the choice of the engine open (engine.name=auto), theirs is as good as any.
+    """
     mine, other = dict(leaves(ours)), dict(leaves(theirs))
+    if mine.get("engine.name") == "auto":
+        mine |= {k: v for k, v in other.items() if k == "engine.name" or (k.startswith("engine.") and k not in mine)}
     for key in [*mine, *(key for key in other if key not in mine)]:
         if key.partition(".")[0] not in IGNORED and mine.get(key, "nothing") != other.get(key, "nothing"):
             return f"{key} ({mine.get(key, 'nothing')} here, {other.get(key, 'nothing')} there)"
@@ -117,7 +127,7 @@ def _fill(path: Path, config: Mapping[str, Any], argv: Sequence[str], fingerprin
     """Manifest, then configuration: a folder without a config.yaml was left by a process that was killed here."""
     manifest.create(path, config, argv, fingerprint, backends)
     temporary = path / ".config.yaml.tmp"
-    temporary.write_text(_yaml(config))
+    temporary.write_text(_yaml(config), encoding="utf-8")
     temporary.replace(path / "config.yaml")
 
 

@@ -205,7 +205,7 @@ class EvalConfig:
     num_samples: int = 0
     """Sampled completions per prompt beside the greedy one."""
     ablations: bool = False
-    """After training, also evaluate with latents off and with latents shuffled among rows."""
+    """Also evaluate with latents off and with latents shuffled among rows, after training and, but for SFT, before it."""
 
 
 @dataclass(kw_only=True)
@@ -284,8 +284,9 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     method: Any = field(default_factory=lambda: {"name": "grpo"})
     """What distinguishes one training method from another; `name` chooses it."""
-    engine: Any = field(default_factory=lambda: {"name": "hf"})
-    """Where rollouts are drawn; `name` chooses it."""
+    engine: Any = field(default_factory=lambda: {"name": "auto"})
+    """Where rollouts are drawn; `name` chooses it. auto: vllm where it is installed and can run the model here, else hf; the log
+    says which and why, and the run keeps it."""
     data: Any = field(default_factory=lambda: {"name": "jsonl"})
     """Questions and answers; `name` chooses the reader."""
     rewards: Any = field(default_factory=lambda: [{"name": "exact_number"}])

@@ -40,9 +40,8 @@ class SftTrainer(Trainer):
 
     def _check_prompts(self) -> None:
         self.demonstrator = Demonstrator(self.config, self.tokenizer)
-        train = self.dataset.train
-        for example in train if train[0].source else [train[0]]:
-            self.demonstrator.write(self._prompt(example), example.source or f"example {example.id}")
+        for prompt, source in self.inputs.each_prompt():
+            self.demonstrator.write(prompt, source)
 
     def _probe(self, view: LiveView) -> None:
         """Nothing that the engine draws is learnt from."""
@@ -50,7 +49,7 @@ class SftTrainer(Trainer):
     def _learn(self, commit: Callable[[], None]) -> Learnt:
         config = self.config
         with span("step") as whole:
-            prompts = self._prompts(self.step * config.num_prompts)
+            prompts = self.inputs.prompts(self.step * config.num_prompts)
             written = [self.demonstrator.write(prompt, f"example {prompt.id}") for prompt in prompts]
             rollouts = [rollout_of(d, p, self.policy.method, config, self.step) for d, p in zip(written, prompts, strict=True)]
             whole.tokens = sum(len(rollout.token_ids) for rollout in rollouts)
@@ -58,6 +57,4 @@ class SftTrainer(Trainer):
                 result = self.update(rollouts, commit)
                 learning.tokens = result.num_tokens
             self.step += 1
-            if self._is_evaluation_due():
-                self._sync_weights()
         return Learnt(result, step_metrics.of_demonstrations(self.step, rollouts, result, self.optimizer.lr))

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlatent import mismatch
 from fastlatent.advantages import has_variance
 from fastlatent.evaluation import Sample, accuracy
+from fastlatent.metrics import phase_seconds
 from fastlatent.profiling import timings
 from fastlatent.types import Group, Rollout
 from fastlatent.update import UpdateResult
@@ -48,8 +49,8 @@ def of_step(step: int, groups: Sequence[Group], samples: Sequence[Sample], drawn
     out["num_tokens"] = drawn.num_tokens
     seconds = timings()
     out |= {f"time/{name}": value for name, value in seconds.items()}
-    if seconds.get("rollout"):
-        out["perf/rollout_tokens_per_s"] = drawn.num_tokens / seconds["rollout"]
+    if drawing_s := phase_seconds(out).get("rollout"):
+        out["perf/rollout_tokens_per_s"] = drawn.num_tokens / drawing_s
     if seconds.get("step"):
         out["perf/tokens_per_s"] = drawn.num_tokens / seconds["step"]
     out |= _update_speed(result, seconds.get("update"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastlatent import build, checkpoint
 from fastlatent.config import load_config
+from fastlatent.engine_choice import settled
 from fastlatent.errors import UserError
 from fastlatent.policy import Policy
 from fastlatent.rollout.base import RolloutEngine
@@ -36,15 +37,27 @@ def add_arguments(parser) -> None:
     parser.add_argument("--device", default=None, help="auto, cpu or cuda (default: as trained)")
 
 
-def open_run(folder: str, which: str = "best", device: str | None = None) -> Trained:
-    """Load a run's checkpoint into a policy of its configuration."""
+def add_engine(parser) -> None:
+    """The argument of commands that draw: a run may be opened where its engine is not installed."""
+    parser.add_argument("--engine", default=None, metavar="NAME", help="hf or vllm (default: as trained)")
+
+
+def run_config(folder: str, device: str | None = None, engine: str | None = None) -> Config:
+    """The configuration of a run as it is used here: where nothing is learnt, on this device, by this engine."""
     path = Path(folder)
     if not (path / "config.yaml").is_file():
         raise UserError(f"{folder}: is no run folder: it has no config.yaml")
     # what only makes the update faster may not run here, where nothing is learnt
     overrides = ["model.attention=auto", "model.liger=false", "model.compile=false"]
-    config = load_config(path / "config.yaml", overrides=[*overrides, f"model.device={device}"] if device else overrides)
-    stored = checkpoint.load(_choose(path, which))
+    chosen = {"model.device": device, "engine.name": engine}
+    overrides += [f"{key}={value}" for key, value in chosen.items() if value]
+    return settled(load_config(path / "config.yaml", overrides=overrides))[0]
+
+
+def open_run(folder: str, which: str = "best", device: str | None = None, engine: str | None = None) -> Trained:
+    """Load a run's checkpoint into a policy of its configuration."""
+    config = run_config(folder, device, engine)
+    stored = checkpoint.load(_choose(Path(folder), which))
     policy = build.policy(config)
     policy.restore(stored)
     policy.eval()

@@ -18,16 +18,14 @@ from traceback import format_exception
 
 import torch
 
-from fastlatent import advantages, build, capture, evaluation, log, memory_plan, parity, step_metrics
+from fastlatent import advantages, build, capture, engine_choice, evaluation, log, memory_plan, parity, step_metrics
 from fastlatent.alarms import CollapseAlarm
 from fastlatent.checkpoint import Checkpoint
 from fastlatent.config import to_dict
-from fastlatent.data.base import DATASETS, Dataset, Example
-from fastlatent.data.chat import encode_prompt
-from fastlatent.data.order import prompt_indices
 from fastlatent.errors import UserError
 from fastlatent.evaluation import Sample
 from fastlatent.guard import Guard
+from fastlatent.inputs import Inputs
 from fastlatent.interrupt import Interrupted, Interrupts
 from fastlatent.live import LiveView
 from fastlatent.microbatch import OutOfMemory
@@ -40,7 +38,7 @@ from fastlatent.rollout.failure import EngineFailed, generate
 from fastlatent.runfolder import RunFolder
 from fastlatent.schema import Config
 from fastlatent.trackers import open_trackers
-from fastlatent.types import Group, Prompt, Request
+from fastlatent.types import Group, Request
 from fastlatent.update import Updater, UpdateResult
 
 MAX_TOLD = 10
@@ -62,21 +60,17 @@ class Trainer:
     def __init__(self, config: Config, argv: Sequence[str] = ()):
         self.config = config
         self._check_purpose()
-        build.check_engine(config)
-        build.device_of(config)
-        capture.check(config, argv)
-        _check_budget(config)
-        self.dataset = _dataset(config)
+        config, self.engine_reason = engine_choice.settled(config)
+        self.config = config
+        self.inputs = Inputs(config, argv)
+        self.tokenizer, self.warnings = self.inputs.tokenizer, self.inputs.warnings
         self.trackers = open_trackers(config.log.trackers)
-        self.tokenizer = build.tokenizer(config)
-        build.check_model(config)
-        self.warnings = build.check_method(config, self.tokenizer)
         self._check_prompts()
-        self.held_out = [self._prompt(e) for e in self._held_out_examples()]
+        self.held_out = self.inputs.held_out()
         with ExitStack() as opened:
-            self.pool = opened.enter_context(RewardPool(config.rewards, columns=_columns(self.dataset)))
+            self.pool = opened.enter_context(RewardPool(config.rewards, columns=self.inputs.columns()))
             self.run_folder = RunFolder.open(
-                to_dict(config), list(argv) or sys.argv, self.dataset.fingerprint(), build.backends(config))
+                to_dict(config), list(argv) or sys.argv, self.inputs.dataset.fingerprint(), build.backends(config))
             opened.callback(self.run_folder.close)
             self.trackers.start(self.run_folder.path)
             opened.callback(self.trackers.close)
@@ -85,7 +79,9 @@ class Trainer:
             opened.callback(self.engine.close)
             self.optimizer = Optimizer(self.policy, config)
             self.update = Updater(self.policy, self.optimizer, config)
-            self.has_latents = bool(self.engine.method.record_spec(self.policy.base.config.hidden_size, build.sampling_of(config)))
+            has_latents = bool(self.engine.method.record_spec(self.policy.base.config.hidden_size, build.sampling_of(config)))
+            self.is_ablated = config.eval.ablations and has_latents
+            self.is_start_ablated = self.is_ablated and config.sft is None  # what SFT starts from has no latents to take away
             self.last_greedy: list[Sample] = []
             self.told: list[str] = []
             self.alarm = CollapseAlarm()
@@ -105,13 +101,14 @@ class Trainer:
         with Interrupts() as interrupts, view, capture.Capture(config, run.path, view.note) as recording:
             try:
                 view.note(build.describe(config, self.policy))
+                if self.engine_reason:
+                    view.note(self.engine_reason)
                 for line in memory_plan.plan(config, self.policy, self.engine).lines():
                     view.note(line)
                 for warning in self.warnings:
                     view.note(f"warning: {warning}")
                 if self.step:
                     view.note(f"resumed {run.path} at step {self.step}")
-                self._sync_weights()
                 self._probe(view)
                 self._evaluate(view, interrupts)
                 while self.step < config.num_steps:
@@ -166,12 +163,10 @@ class Trainer:
         with span("step") as whole:
             groups, samples, drawn = self._collect()
             whole.tokens = drawn.num_tokens
-            with span("update") as learning, self.engine.released():
+            with self.engine.released():
                 result = self.update(groups, commit)
-                learning.tokens = result.num_tokens
             commit()
             self.step += 1
-            self._sync_weights()
         metrics = step_metrics.of_step(self.step, groups, samples, drawn, result, self.optimizer.lr)
         return Learnt(result, metrics, step_metrics.sample_rows(self.step, samples, self.config.log.samples), drawn.errors)
 
@@ -182,15 +177,16 @@ class Trainer:
         rounds = 1 + (config.objective.max_filter_rounds if config.objective.filter_zero_variance else 0)
         for round_ in range(rounds):
             # a step's rounds own consecutive places of the endless prompt stream, used or not: a function of the step alone
-            prompts = self._prompts((self.step * rounds + round_) * config.num_prompts)
+            prompts = self.inputs.prompts((self.step * rounds + round_) * config.num_prompts)
             requests = [Request(p, self.step, g) for p in prompts for g in range(config.group_size)]
             with span("rollout") as drawing:
+                self._sync_weights()
                 rollouts = generate(self.engine, requests, build.sampling_of(config))
                 drawing.tokens = sum(len(r.token_ids) for r in rollouts)
-            if any(r.version != self.step for r in rollouts):
-                raise RuntimeError(f"engine sampled under version {rollouts[0].version}, expected {self.step}")
-            with span("reward"):
-                scored, report = evaluation.score(rollouts, self.tokenizer, self.pool, config.thinking.end)
+                if any(r.version != self.step for r in rollouts):
+                    raise RuntimeError(f"engine sampled under version {rollouts[0].version}, expected {self.step}")
+                with span("rollout/reward"):
+                    scored, report = evaluation.score(rollouts, self.tokenizer, self.pool, config.thinking.end)
             fresh = [self._group(scored[i : i + config.group_size]) for i in range(0, len(scored), config.group_size)]
             drawn.add(fresh, report)
             for index, group in enumerate(fresh):
@@ -219,36 +215,22 @@ class Trainer:
     def _probe(self, view: LiveView) -> None:
         """Refuse to train where engine and trainer disagree about the first tokens."""
         if self.config.mismatch.probe_tokens:
-            found = parity.probe(self.config, self.policy, self.engine, self._prompts(0))
+            self._sync_weights()
+            found = parity.probe(self.config, self.policy, self.engine, self.inputs.prompts(0))
             reset_timings()  # no part of the first step
             found.check()
             view.note(found.line())
 
-    # ---- prompts -------------------------------------------------------------------------------------------------------
-
-    def _prompts(self, start: int) -> list[Prompt]:
-        train = self.dataset.train
-        return [self._prompt(train[i]) for i in prompt_indices(len(train), self.config.seed, start, self.config.num_prompts)]
+    # ---- checks --------------------------------------------------------------------------------------------------------
 
     def _check_purpose(self) -> None:
         if self.config.sft is not None:
             raise UserError("sft: demonstrations are for python -m fastlatent.sft and would not be read here; wanted sft=null")
 
     def _check_prompts(self) -> None:
-        """Find a prompt that is too long now; of a procedural dataset, which names no source, one stands for all."""
-        train = self.dataset.train
-        for example in train if train[0].source else [train[0]]:
-            self._prompt(example)
-
-    def _prompt(self, example: Example) -> Prompt:
-        text, token_ids = encode_prompt(self.tokenizer, example, self.config.chat)
-        return Prompt(example.id, text, tuple(token_ids), example.answer, example.columns)
-
-    def _held_out_examples(self) -> list[Example]:
-        if not self.config.eval.every:
-            return []
-        held_out = self.dataset.held_out
-        return [held_out[i] for i in range(min(len(held_out), self.config.eval.num_prompts or len(held_out)))]
+        """Find a prompt that is too long now."""
+        for _ in self.inputs.each_prompt():
+            pass
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -257,12 +239,16 @@ class Trainer:
             return
         with span("evaluate"):
             metrics = self._held_out_metrics()
+            ablations = self._ablations() if self.step == 0 and self.is_start_ablated else {}
+        metrics |= step_metrics.of_ablations(self.step, ablations)
         metrics["time/evaluate"] = timings()["evaluate"]
         reset_timings()
         with interrupts.shielded():
             self.run_folder.log(metrics, [])
             self.trackers.log(metrics, self.step)
             view.note(step_metrics.evaluation_line(metrics))
+            for line in step_metrics.ablation_lines(ablations, {}):
+                view.note(f"step 0: {line}")
             self.evaluated_step = self.step
             if self.step and metrics["eval/accuracy"] > self.best_accuracy:
                 self.best_accuracy, self.best_step = metrics["eval/accuracy"], self.step
@@ -278,6 +264,7 @@ class Trainer:
         return step_metrics.of_evaluation(self.step, greedy, sampled)
 
     def _draw_held_out(self, *, greedy: bool, num_samples: int) -> list[Sample]:
+        self._sync_weights()
         return evaluation.evaluate(
             self.engine, self.held_out, build.sampling_of(self.config, greedy=greedy), num_samples, self.tokenizer, self.pool,
             self.config.thinking.end)
@@ -285,8 +272,10 @@ class Trainer:
     # ---- weights and checkpoints ---------------------------------------------------------------------------------------
 
     def _sync_weights(self) -> None:
-        with span("weight_sync"):
-            self.engine.load_weights(self.policy.published(), self.step)
+        """Hand the engine the weights of this step, unless it has them: before it draws, whatever for."""
+        if self.engine.version != self.step:
+            with span("rollout/weight_sync"):
+                self.engine.load_weights(self.policy.published(), self.step)
 
     def _save(self) -> None:
         with span("checkpoint"):
@@ -309,13 +298,15 @@ class Trainer:
 
     def _finish(self, view: LiveView) -> None:
         self._save()
-        if self.config.eval.ablations and self.has_latents:
+        if self.is_ablated:
             samples = self._ablations()
             metrics = step_metrics.of_ablations(self.step, samples) | self._latent_statistics(samples["on"])
             self.run_folder.log(metrics, [])
             self.trackers.log(metrics, self.step)
             for line in step_metrics.ablation_lines(samples, metrics):
                 view.note(line)
+        if (line := self.alarm.summary()) is not None:
+            view.note(line)
         write_report(self.run_folder.path)
         view.note(f"done: {self.run_folder.path} (report.html, metrics.jsonl, samples.jsonl, checkpoints)")
 
@@ -340,31 +331,5 @@ class Trainer:
         self._opened.close()
 
 
-# ---- checks of the configuration that need no tokenizer -------------------------------------------------------------
-
-
-def _check_budget(config: Config) -> None:
-    longest = config.chat.max_prompt_tokens + config.sampling.max_new_tokens
-    if config.update.tokens_per_microbatch < longest:
-        raise UserError(
-            f"update.tokens_per_microbatch: wanted at least {longest}, the longest sequence (chat.max_prompt_tokens="
-            f"{config.chat.max_prompt_tokens} and sampling.max_new_tokens={config.sampling.max_new_tokens}), got "
-            f"{config.update.tokens_per_microbatch}")
-
-
-def _dataset(config: Config) -> Dataset:
-    dataset = DATASETS.find(config.data.name, "data.name")(config.data, config.seed)
-    if len(dataset.train) < config.num_prompts:
-        raise UserError(f"data: {len(dataset.train)} training rows are fewer than num_prompts={config.num_prompts}")
-    if config.eval.every and not len(dataset.held_out):
-        raise UserError("eval.every: there is no held-out data; wanted data with a held-out part, or eval.every=0")
-    return dataset
-
-
 def _seed_of(seed: int, step: int) -> int:
     return int.from_bytes(blake2b(b"%d %d" % (seed, step), digest_size=7).digest())
-
-
-def _columns(dataset) -> set[str]:
-    """The columns every training row carries, as its first row shows them."""
-    return set(dataset.train[0].columns)

@@ -18,7 +18,7 @@ from fastlatent.mismatch import Gap
 from fastlatent.optim import Optimizer
 from fastlatent.packing import Item, microbatches
 from fastlatent.policy import Policy
-from fastlatent.profiling import span
+from fastlatent.profiling import apart, span
 from fastlatent.schema import Config
 from fastlatent.types import Batch, Group
 
@@ -89,9 +89,11 @@ class Updater:
         self._measure(minibatches, result)
         if objective.kl_coef > 0:
             self._score_reference(minibatches)
-        for epoch in range(objective.num_epochs):
-            for parts in minibatches:
-                self._step(parts, result, commit, is_first=epoch == 0)
+        with span("update") as learning:
+            for epoch in range(objective.num_epochs):
+                for parts in minibatches:
+                    self._step(parts, result, commit, is_first=epoch == 0)
+            learning.tokens = result.num_tokens
         commit()
         self.optimizer.pass_over(objective.num_epochs * objective.num_minibatches - len(result.attempts))
         return result
@@ -117,9 +119,10 @@ class Updater:
 
     @torch.no_grad()
     def _score_old(self, minibatches: list[list[Microbatch]]) -> None:
-        with span("score_old"):
+        with span("score_old") as scoring, apart():
             for batch in _batches(minibatches):
                 batch.old_logprob_A = self.method.score(self.policy, batch, self.temperature).logprob_A
+            scoring.tokens = sum(batch.num_tokens for batch in _batches(minibatches))
 
     @torch.no_grad()
     def _measure(self, minibatches: list[list[Microbatch]], result: UpdateResult) -> None:
@@ -133,14 +136,14 @@ class Updater:
         for batch in _batches(minibatches):
             logprob_A = batch.old_logprob_A if is_same else None
             if logprob_A is None and needs_pass:
-                with span("score_old"):
+                with span("score_old", batch.num_tokens), apart():
                     logprob_A = self.method.score(self.policy, batch, config.sampling.temperature).logprob_A
             if logprob_A is not None:
                 result.gaps.append(mismatch.measure(batch, logprob_A, config.mismatch))
                 mismatch.apply(result.gaps[-1], batch)
 
     def _score_reference(self, minibatches: list[list[Microbatch]]) -> None:
-        with span("score_ref"):
+        with span("score_ref"), apart():
             for batch in _batches(minibatches):
                 batch.ref_logprob_A = self.method.reference_logprob(self.policy, batch, self.temperature)
 

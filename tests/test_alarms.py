@@ -44,3 +44,31 @@ def test_what_a_method_does_not_log_sounds_nothing():
     assert heard(rows) == []
     never = [{"latent/frac_tokens": 0.5, "latent/exit_end": 0.0}] * 20
     assert heard(never) == []
+
+
+# ---- the last line --------------------------------------------------------------------------------------------------
+
+
+def summary(rows: list[dict]) -> str | None:
+    alarm = CollapseAlarm()
+    for each in rows:
+        alarm.step(each)
+    return alarm.summary()
+
+
+def test_the_last_line_says_that_nothing_sounded_and_by_which_numbers():
+    assert summary([row(0.6, 1.0, 0.8)] * 6 + [row(0.5, 1.1, 0.9)] * 6) == (
+        "collapse alarms: quiet; latent share 0.60 -> 0.50, norm ratio 1.00 -> 1.10, own endings 0.80 -> 0.90")
+
+
+def test_the_last_line_keeps_what_sounded_even_where_it_has_recovered():
+    assert summary([row()] * 8 + [row(0.1, end=0.1)] * 8 + [row()] * 8) == (
+        "collapse alarms: sounded (exit, share); latent share 0.60 -> 0.60, norm ratio 1.00 -> 1.00, own endings 0.90 -> 0.90")
+
+
+def test_the_last_line_of_a_short_run_claims_nothing():
+    assert summary([row()] * 9) == "collapse alarms: too few steps to tell (9); they compare 5 with 5 others"
+    assert summary([{"reward": 1.0}] * 30) is None
+    lost = [row()] * 5 + [{"latent/frac_tokens": 0.6}] * 5  # nothing to compare with, which is no fall
+    assert summary(lost) == "collapse alarms: quiet; latent share 0.60 -> 0.60"
+    assert summary([{"latent/frac_tokens": 0.5}] * 10) == "collapse alarms: quiet; latent share 0.50 -> 0.50"

@@ -181,10 +181,61 @@ def test_learning_reads_a_finished_run(tmp_path):
     assert row["facts"]["reward_step_1"] == 0.1
     assert (row["facts"]["accuracy_before"], row["metrics"]["accuracy_after"]) == (0.125, 0.75)
     assert row["facts"]["steps_s"] == pytest.approx(18.0)
+    assert row["facts"]["changes"] == {} and "alarms" not in row["facts"]  # nothing was latent
     assert (row["facts"]["accuracy_latents_off"], row["facts"]["gate_mean"]) == (0.5, 0.9)
     story = manifest.read(run)
     assert row["hardware"] == story["hardware"] and row["git"] == story["git"]
     assert 0 <= row["metrics"]["wall_s"] + 1 < 60  # the manifest knows whole seconds
+
+
+def test_learning_tells_how_latents_began_and_ended_and_every_reward(tmp_path):
+    start = tmp_path / "imitated"
+    start.mkdir()
+    (start / "fastlatent.json").write_text(json.dumps({"checkpoint": "step-000010", "config": {
+        "recipe": "latent_sft_quickstart", "seed": 2, "model": {"path": "some/model"}}}))
+    rewards = [0.5, 0.6, 0.7, 0.7, 0.8, 0.8, 0.8, 0.9, 0.9, 1.0]
+    latent = {"latent/frac_tokens": 0.5, "latent/norm_ratio": 1.0, "thinking/mean_length": 9.0}
+    accuracies = [{f"eval/accuracy_latents_{how}": value for how, value in zip(("on", "off", "shuffled"), row, strict=True)}
+                  for row in ((0.6, 0.4, 0.1), (0.9, 0.3, 0.2))]
+    run = _run_of(tmp_path / "run", {"recipe": "latent_grpo_quickstart", "seed": 0, "model": {"path": str(start)},
+                                     "optim": {"lr": 2e-5}, "method": {"name": "latent_grpo", "delta": 0.0}}, [
+        {"step": 0, "eval/accuracy": 0.6, "eval/thinking_length": 6.0} | accuracies[0],
+        *({"step": i, "reward": reward, "time/step": 2.0} | latent for i, reward in enumerate(rewards, 1)),
+        {"step": 10, "eval/accuracy": 0.9, "eval/thinking_length": 6.5}, {"step": 10, "latent/effective_k": 1.5} | accuracies[1]])
+    found = learning.result(run)
+    facts = found.facts
+    assert (found.case, found.variant) == ("latent_grpo_quickstart", "seed 0, 10 steps, optim.lr=2e-05")
+    assert facts["changes"] == {"optim.lr": 2e-5} and facts["rewards"] == rewards
+    assert (facts["model"], facts["start"]) == ("some/model", "latent_sft_quickstart, seed 2, step-000010")
+    assert [facts[f"accuracy_latents_{how}_before"] for how in ("on", "off", "shuffled")] == [0.6, 0.4, 0.1]
+    assert [facts[f"accuracy_latents_{how}"] for how in ("on", "off", "shuffled")] == [0.9, 0.3, 0.2]
+    assert (facts["thinking_before"], facts["thinking_after"], facts["thinking_length"]) == (6.0, 6.5, 9.0)
+    assert (facts["alarms"], facts["effective_k"]) == ("quiet", 1.5)
+    assert found.metrics()["reward_last"] == pytest.approx(0.88) and facts["reward_first"] == pytest.approx(0.6)
+
+
+def test_learning_tells_of_an_alarm_that_sounded(tmp_path):
+    shares = [0.6] * 5 + [0.1] * 5
+    run = _run_of(tmp_path / "run", {"recipe": "hrpo_quickstart", "seed": 0, "model": {"path": "some/model"}}, [
+        {"step": i, "reward": 0.5, "time/step": 2.0, "latent/frac_tokens": share} for i, share in enumerate(shares, 1)])
+    assert learning.result(run).facts["alarms"] == "share"
+
+
+def test_learning_reads_a_run_that_imitated(tmp_path, capsys):
+    losses = [4.0, 3.0, 2.0, 1.0, 0.5, 0.5, 0.5, 0.5]
+    run = _run_of(tmp_path / "run", {"recipe": "latent_sft_quickstart", "seed": 1, "model": {"path": "some/model"}}, [
+        {"step": 0, "eval/accuracy": 0.0, "eval/thinking_length": 24.0},
+        *({"step": i, "sft/loss": loss, "time/step": 2.0, "thinking/mean_length": 5.0} for i, loss in enumerate(losses, 1)),
+        {"step": 8, "eval/accuracy": 0.75, "eval/thinking_length": 6.25}, {"step": 8, "eval/accuracy_latents_off": 0.5}])
+    learning.main([str(run), "--out", str(tmp_path / "lines.jsonl")])
+    (row,) = results.read(tmp_path / "lines.jsonl")
+    facts = row["facts"]
+    assert (row["case"], row["variant"]) == ("latent_sft_quickstart", "seed 1, 8 steps")
+    assert (facts["losses"], facts["loss_first"], facts["loss_last"]) == (losses, 3.0, 0.6)
+    assert row["metrics"].keys() == {"accuracy_after", "wall_s"} and row["metrics"]["accuracy_after"] == 0.75
+    assert (facts["thinking_after"], facts["accuracy_latents_off"]) == (6.25, 0.5)
+    assert not {"thinking_length", "alarms", "rewards"} & facts.keys()  # a demonstration's length is no model's
+    assert "loss 3.000 -> 0.600, held-out accuracy 0.000 -> 0.750 at 6.2 tokens of thinking" in capsys.readouterr().out
 
 
 def test_learning_refuses_an_unfinished_run(tmp_path):
@@ -200,13 +251,19 @@ def _write(path, metrics, commit="abc123"):
 
 
 def _run_folder(folder, rewards):
+    return _run_of(folder, {"recipe": "hrpo_quickstart", "seed": 3, "model": {"path": "tiny"}}, [
+        {"step": 0, "eval/accuracy": 0.125},
+        *({"step": i, "reward": reward, "time/step": 2.0} for i, reward in enumerate(rewards, 1)),
+        {"step": len(rewards), "eval/accuracy": 0.75},
+        {"step": len(rewards), "eval/accuracy_latents_off": 0.5, "latent/gate_mean": 0.9}])
+
+
+def _run_of(folder, config, rows):
+    """The folder of a finished run with this configuration and log."""
     folder.mkdir()
-    manifest.create(folder, {"recipe": "hrpo_quickstart", "seed": 3, "model": {"path": "tiny"}}, ["train"], "f", {})
+    manifest.create(folder, config, ["train"], "f", {})
     log = MetricsLog(folder)
-    log.append({"step": 0, "eval/accuracy": 0.125})
-    log.append(*({"step": i, "reward": reward, "time/step": 2.0} for i, reward in enumerate(rewards, 1)))
-    log.append({"step": len(rewards), "eval/accuracy": 0.75})
-    log.append({"step": len(rewards), "eval/accuracy_latents_off": 0.5, "latent/gate_mean": 0.9})
+    log.append(*rows)
     log.close()
     (folder / "report.html").write_text("done")
     return folder

@@ -7,6 +7,7 @@ import sys
 import pytest
 import tiny
 import torch
+from torch.profiler import ProfilerActivity
 
 from fastlatent import capture, profiling, train
 from fastlatent.capture import Capture
@@ -14,7 +15,7 @@ from fastlatent.cli import run_command
 from fastlatent.config import load_config
 from fastlatent.errors import UserError
 from fastlatent.log import read
-from fastlatent.metrics import SPANS, is_reproducible
+from fastlatent.metrics import SPANS, is_reproducible, phase_seconds
 from fastlatent.profiling import span
 from fastlatent.runfolder import first_difference
 from fastlatent.timeline import rows_of
@@ -26,6 +27,12 @@ WORDS = [
     "group_size=4", "sampling.max_new_tokens=12", "thinking.max_tokens=4", "answer.max_tokens=3", "optim.lr=1e-3",
     "objective.num_epochs=2", "eval.num_prompts=2", "eval.every=2", "eval.ablations=false", "checkpoint.every=2", "num_steps=3",
     "log.live=plain", "model.path=model", "rewards=[{name: checksum_of_text.checksum}]"]
+PARTS = {
+    "step": ("rollout", "score_old", "update"),
+    "rollout": ("rollout/weight_sync", "rollout/prefill", "rollout/decode", "rollout/reward"),
+    "rollout/decode": ("rollout/sample",), "update": ("update/microbatch", "update/optimizer"),
+    "update/microbatch": ("update/forward", "update/head", "update/backward")}
+"""What lies in what, side by side."""
 REWARD = "def checksum(completion):\n    return float(sum(map(ord, completion)) % 5)\n"
 
 
@@ -71,20 +78,38 @@ def test_a_recorded_run_leaves_the_tree_of_its_steps_and_is_otherwise_the_same(i
 
     rows = rows_of(timeline_of(trace))
     tree = [(row.depth, row.name) for row in rows]
-    assert set(tree) == {
-        (0, "step"), (1, "rollout"), (2, "rollout/prefill"), (2, "rollout/decode"), (3, "rollout/sample"), (1, "reward"),
-        (1, "update"), (2, "score_old"), (3, "update/forward"), (3, "update/head"), (2, "update/microbatch"),
-        (3, "update/backward"), (2, "update/optimizer"), (1, "weight_sync"),
+    assert tree == [
+        (0, "step"),
+        (1, "rollout"), (2, "rollout/prefill"), (2, "rollout/decode"), (3, "rollout/sample"), (2, "rollout/reward"),
+        (2, "rollout/weight_sync"),  # of the second step alone: the engine drew for an evaluation before the first
+        (1, "score_old"), (2, "update/forward"), (2, "update/head"),
+        (1, "update"), (2, "update/microbatch"), (3, "update/forward"), (3, "update/head"), (3, "update/backward"),
+        (2, "update/optimizer"),
         # after the second step
-        (0, "evaluate"), (1, "rollout/prefill"), (1, "rollout/decode"), (2, "rollout/sample"), (0, "checkpoint")}
+        (0, "evaluate"), (1, "rollout/weight_sync"), (1, "rollout/prefill"), (1, "rollout/decode"), (2, "rollout/sample"),
+        (0, "checkpoint")]
+    first = [r.name for r in timeline_of(trace).ranges]
+    second = first[first.index("step", 1) :]
+    assert second[:4] == ["step", "rollout", "rollout/weight_sync", "rollout/prefill"]  # of these weights, before they draw
     by_path = {(row.depth, row.name): row for row in rows}
     logged = [row for row in read(path / "metrics.jsonl") if "time/step" in row][:2]
+    # the forward passes of scoring, half as many, are no part of the update's
+    forward_s = sum(line["time/update/forward"] for line in logged)
+    assert forward_s == pytest.approx(by_path[3, "update/forward"].host_s, rel=0.2)
     for name in ("step", "rollout"):
         row = by_path[int(name != "step"), name]
         assert row.count == 2
         assert row.tokens == sum(line["num_tokens"] for line in logged)
         # two clocks
         assert row.host_s == pytest.approx(sum(line[f"time/{name}"] for line in logged), rel=0.1)
+    assert by_path[1, "score_old"].tokens == by_path[2, "update/microbatch"].tokens / 2  # of two epochs
+    assert by_path[2, "rollout/decode"].tokens == by_path[1, "rollout"].tokens
+    for line in logged:
+        times = {name.removeprefix("time/"): seconds for name, seconds in line.items() if name.startswith("time/")}
+        assert times.keys() <= {name for _, name in tree}
+        assert sum(phase_seconds(line).values()) < times["step"] and min(phase_seconds(line).values()) > 0
+        for whole in ("step", "rollout", "rollout/decode", "update", "update/microbatch"):
+            assert sum(times.get(part, 0.0) for part in PARTS[whole]) <= times[whole], whole
     assert by_path[1, "update"].tokens == by_path[2, "update/microbatch"].tokens > 0
     forward = by_path[3, "update/forward"]
     assert forward.own_s and 0 < forward.busy_s <= forward.host_s
@@ -96,7 +121,7 @@ def test_with_ranges_each_time_one_is_entered_is_recorded_by_itself(inside, caps
     traces = sorted((path / "profile").iterdir())
     # the evaluation's decoding, what was asked for twice once, and two passes over the step's data
     assert {trace.name.removesuffix(".json.gz"): [row.name for row in rows_of(timeline_of(trace))] for trace in traces} == {
-        "step-3-rollout": ["rollout", "rollout/prefill", "rollout/decode", "rollout/sample"],
+        "step-3-rollout": ["rollout", "rollout/prefill", "rollout/decode", "rollout/sample", "rollout/reward"],
         "step-3-rollout-decode": ["rollout/decode", "rollout/sample"],
         "step-3-update-optimizer": ["update/optimizer"], "step-3-update-optimizer-2": ["update/optimizer"]}
     assert capsys.readouterr().out.count("no memory snapshot") == 1
@@ -132,6 +157,53 @@ def test_nothing_is_recorded_unless_asked_for(inside, tmp_path):
                 with recording.step(step):
                     assert not torch.autograd._profiler_enabled() and profiling._watcher is None
     assert list(tmp_path.iterdir()) == []
+
+
+class CudaMemory:
+    """What torch.cuda says of its allocator while its history is kept."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.is_kept = [], False
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.calls.append("synchronize"))
+        monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", self.keep)
+        monkeypatch.setattr(torch.cuda.memory, "_snapshot", self.snapshot)
+
+    def keep(self, enabled="all", max_entries=None):
+        self.is_kept = enabled is not None
+        self.calls.append(("keep", max_entries) if self.is_kept else "forget")
+
+    def snapshot(self):
+        assert self.is_kept
+        frames = [{"filename": "trainer.py", "line": 7, "name": "_learn"}]
+        return {"segments": [{"address": 140000000000000, "total_size": 2097152, "segment_pool_id": (0, 1), "frames": [],
+                              "blocks": [{"size": 512, "state": "active_allocated", "frames": frames}]}],
+                "device_traces": [[{"action": "alloc", "size": 512, "stream": 0, "frames": frames}]],
+                "allocator_settings": {"garbage_collection_threshold": 0.0}, "external": {torch.float32}}
+
+
+def test_the_memory_snapshot_is_json_of_the_steps_alone(inside, monkeypatch, tmp_path):
+    memory, said = CudaMemory(monkeypatch), []
+    profile, asked_for = torch.profiler.profile, []
+
+    def of_cpu(activities):
+        asked_for.extend(activities)
+        return profile(activities=[ProfilerActivity.CPU])
+
+    monkeypatch.setattr(torch.profiler, "profile", of_cpu)
+    config = load_config(*WORDS, "profile.steps=2")
+    with Capture(config, tmp_path, said.append) as recording:
+        for number in (1, 2, 3):
+            with recording.step(number), span("step"):
+                memory.calls.append(number)
+    assert asked_for == [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    assert memory.calls == [1, "synchronize", ("keep", capture.MAX_ALLOCATIONS), 2, "forget", 3]
+    path = tmp_path / "profile" / "step-2-memory.json"
+    assert said[-1] == f"profile: wrote {path}"
+    found = json.loads(path.read_text())
+    assert found["segments"][0]["blocks"][0]["frames"] == [{"filename": "trainer.py", "line": 7, "name": "_learn"}]
+    assert found["segments"][0]["address"] == 140000000000000 and found["device_traces"][0][0]["action"] == "alloc"
+    assert {file.name for file in (tmp_path / "profile").iterdir()} == {"step-2.json.gz", "step-2-memory.json"}
 
 
 # ---- Nsight ---------------------------------------------------------------------------------------------------------

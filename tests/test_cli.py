@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from omegaconf import OmegaConf
 
 import fastlatent
 from fastlatent import evaluate, export, generate, models, train
 from fastlatent.cli import run_command
+from fastlatent.config import load_config, to_dict
 
 GOOD = ["grpo_quickstart", "model.path=model", "data.name=jsonl", "data.train=rows.jsonl", "num_prompts=4",
         "eval.every=0", "num_steps=1", "chat.max_prompt_tokens=64", "sampling.max_new_tokens=32"]
@@ -49,6 +51,9 @@ def folder(tmp_path_factory):
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, content in FILES.items():
         (path / name).write_text(content)
+    (path / "run").mkdir()  # one that never came to save a checkpoint
+    config = to_dict(load_config(*GOOD, f"model.path={path / 'model'}", "data.train=rows.jsonl"))
+    (path / "run" / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     return path
 
 
@@ -102,6 +107,8 @@ TRAIN = {
     "model.path=no-model": "model.path: no-model is no Hugging Face folder: it holds no config.json",
     "model.path=file": "model.path: file is a file",
     "model.path=no-template": "chat.template: no-template has no chat template",
+    "sampling.max_new_tokens=2000 update.tokens_per_microbatch=4096":
+        "model.path: the model reads at most 2048 tokens; wanted chat.max_prompt_tokens=64 and sampling.max_new_tokens=2000 to add",
     # recipes, files, keys, members
     "grpo_quickstrat": "'grpo_quickstrat' is not a recipe, a path to a yaml file or key=value; did you mean ",
     "nowhere.yaml": "nowhere.yaml: no such file",
@@ -203,6 +210,17 @@ USE = [
     (export.main, ["nowhere", "exported"], "nowhere: is no run folder"),
     (export.main, ["nowhere", "used"], "used: exists already; wanted a new folder"),
     (export.main, ["nowhere", "exported", "--dtype=int8"], "--dtype: invalid choice: 'int8'"),
+    (generate.main, ["run", "2 + 2?"], "run: has no finished checkpoint"),
+    (generate.main, ["run", "2 + 2?", "--device=tpu"], "model.device: 'tpu' is not one of auto, cpu, cuda"),
+    (evaluate.main, ["run"], "--data: the run has no held-out data of its own"),
+    (evaluate.main, ["run", "--data", "rows.jsonl"], "run: has no finished checkpoint"),
+    (evaluate.main, ["run", "--data", "not-json.jsonl"], "not-json.jsonl, line 3: not JSON ("),
+    (evaluate.main, ["run", "--data", "no-column.jsonl"], "no-column.jsonl, line 1: there is no column 'answer'"),
+    (evaluate.main, ["run", "--data", "long.jsonl"], "long.jsonl, line 6: the prompt has "),
+    (evaluate.main, ["run", "--data", "rows.jsonl", "--out", "used"], "--out: used is a folder, wanted a file"),
+    (evaluate.main, ["run", "--data", "rows.jsonl", "--out", "/proc/samples"], "--out: /proc/samples cannot be written ("),
+    (export.main, ["run", "exported"], "run: has no finished checkpoint"),
+    (export.main, ["run", "/proc/exported"], "DIR: /proc/exported cannot be written ("),
 ]
 
 
@@ -221,6 +239,6 @@ def test_a_process_of_its_own_says_one_line_and_no_traceback(inside, module, arg
     root = Path(fastlatent.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
     command = [sys.executable, "-m", f"fastlatent.{module}", *argv]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.startswith(sentence) and done.stderr.count("\n") == 1, done.stderr

@@ -46,7 +46,8 @@ def drawn(policy: Policy) -> list[Group]:
 
 
 def batch_of(groups: list[Group], share_prompts: bool = True) -> Batch:
-    return pack([Item(r, 1.0 - i % 2 * 2.0, 0.1) for i, r in enumerate(r for g in groups for r in g.rollouts)], CPU, share_prompts)
+    rollouts = (r for g in groups for r in g.rollouts)
+    return pack([Item(r, 1.0 - i % 2 * 2.0, 0.1) for i, r in enumerate(rollouts)], CPU, share_prompts)
 
 
 def config(budget: int = 96, correction: str = "none", **objective) -> Config:
@@ -79,7 +80,8 @@ def learnt(policy: Policy, batch: Batch) -> tuple[float, dict[str, Tensor]]:
 def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     assert got.keys() == wanted.keys()
     for name, x in wanted.items():
-        torch.testing.assert_close(got[name], x, atol=tolerance * float(x.abs().max()), rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got[name], x, atol=tolerance * float(x.abs().max()), rtol=1e-4,
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 # ---- memory runs out ------------------------------------------------------------------------------------------------
@@ -99,7 +101,8 @@ def fail_at(policy: Policy, *calls: int) -> list[int]:
 
 
 @pytest.mark.parametrize("method, options, correction", [
-    ("grpo", {}, "none"), ("hrpo", {"kl_coef": 0.1, "num_epochs": 2}, "sequence_truncate"), ("latent_grpo", {}, "token_truncate")])
+    ("grpo", {}, "none"), ("hrpo", {"kl_coef": 0.1, "num_epochs": 2}, "sequence_truncate"),
+    ("latent_grpo", {}, "token_truncate")])
 def test_a_microbatch_for_which_memory_runs_out_is_split_and_the_gradient_stays(method, options, correction):
     """In the second of the first step's microbatches, whose gradient is by then in the head and the last block."""
     has_reference = "kl_coef" in options
@@ -174,7 +177,8 @@ def test_pairs_of_query_and_key_are_those_that_see_each_other(share_prompts):
     where, pairs = batch.varlen, 0
     for s, length in enumerate(where.cu_seqlens.diff().tolist()):
         seen_LK = torch.ones(length, length).tril() if where.mask_SLK is None else where.mask_SLK[s, :length]
-        pairs += int(seen_LK.sum()) - (0 if where.mask_SLK is None else int(seen_LK[:, where.prefix_SP.shape[1] + length :].sum()))
+        padding = 0 if where.mask_SLK is None else int(seen_LK[:, where.prefix_SP.shape[1] + length :].sum())
+        pairs += int(seen_LK.sum()) - padding
     assert float(mfu.num_pairs(where)) == pairs
 
 
@@ -203,15 +207,17 @@ def test_a_mixture_of_experts_is_not_counted():
 
 
 @pytest.mark.parametrize("name, peak", [
-    ("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GeForce RTX 3060", None)])
+    ("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None),
+    ("NVIDIA H200 NVL", None), ("NVIDIA GH200 480GB", None), ("NVIDIA A100-SXM4-80GB", None), ("NVIDIA B200", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H200 MIG 1g.18gb", None), ("NVIDIA GeForce RTX 3060", None)])
 def test_the_peak_is_that_of_a_known_gpu_in_bfloat16(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert mfu.peak_flop_s(GPU, torch.bfloat16) == peak
     assert mfu.peak_flop_s(GPU, torch.float32) is None and mfu.peak_flop_s(CPU, torch.bfloat16) is None
 
 
-@pytest.mark.parametrize("dtype, lora", [("float32", None), ("bfloat16", None), ("bfloat16", LoraConfig(r=4, target_modules=["q_proj"]))])
+@pytest.mark.parametrize("dtype, lora", [
+    ("float32", None), ("bfloat16", None), ("bfloat16", LoraConfig(r=4, target_modules=["q_proj"]))])
 def test_the_memory_plan_is_what_the_parts_take(dtype, lora):
     policy = tiny.policy("hrpo", family="llama", dtype=dtype, lora=lora, has_reference=True)
     V, D, size = len(tiny.tokenizer()), 64, 4 if dtype == "float32" else 2
@@ -227,7 +233,8 @@ def test_the_memory_plan_is_what_the_parts_take(dtype, lora):
     plan = memory_plan.plan(config_, policy, engine)
     assert plan.weights == 4 * (gate + adapters) + (4 if lora is None else size) * base
     assert plan.reference == (size * base if lora is None else 0) and plan.gradients == 4 * trained
-    # 22 new tokens at most: 12 of thinking, 4 of its forced end, 6 of answer; keys and values of two blocks with two heads of 16; six rows of the eight completions at once
+    # 22 new tokens at most: 12 of thinking, 4 of its forced end, 6 of answer; keys and values of two blocks with two heads of
+    # 16; six rows of the eight completions at once
     assert plan.engine["weights"] == size * base + sum(p.nbytes for p in engine.method.parameters())
     assert plan.engine["keys and values"] == 2 * 2 * 6 * 2 * (40 + 22) * 16 * size
     # per token: two ids, five flags with latent_acted, four floats; HRPO's mixture of D; per row: length and two flags
@@ -248,14 +255,16 @@ def test_the_memory_plan_is_what_the_parts_take(dtype, lora):
 
 def test_an_engine_that_plans_nothing_is_said_to():
     plan = memory_plan.MemoryPlan(2**30, 0, 2**20, 0, 1024, "other", capacity=140 * 2**30)
-    assert plan.lines() == ["memory: update 1.0 GiB (weights 1.0 GiB, gradients 1.0 MiB, head 1.0 KiB), and activations, of 140.0 GiB",
-                            "memory: engine other as its own options say"]
+    assert plan.lines() == [
+        "memory: update 1.0 GiB (weights 1.0 GiB, gradients 1.0 MiB, head 1.0 KiB), and activations, of 140.0 GiB",
+        "memory: engine other as its own options say"]
 
 
 # ---- flash-attn -----------------------------------------------------------------------------------------------------
 
 
-def reference_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False):
+def reference_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+                     causal=False):
     """What flash-attn documents, in float64: segments back to back, fewer key heads than query heads, and a causal triangle
     aligned to the bottom right corner."""
     assert q.dtype == k.dtype == v.dtype and q.ndim == 3 and causal and not dropout_p
@@ -283,7 +292,8 @@ def fake(monkeypatch, module: str = "flash_attn", returns: Callable = reference_
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])
-@pytest.mark.parametrize("family, dtype", [("llama", "float32"), ("qwen2", "float32"), ("qwen3", "float32"), ("qwen3", "bfloat16")])
+@pytest.mark.parametrize("family, dtype", [
+    ("llama", "float32"), ("qwen2", "float32"), ("qwen3", "float32"), ("qwen3", "bfloat16")])
 def test_flash_attention_gives_what_torchs_gives(monkeypatch, family, dtype, share_prompts):
     fake(monkeypatch)
     policy = tiny.policy("hrpo", family=family, dtype=dtype)
@@ -316,8 +326,8 @@ def test_version_4_is_found_without_version_2_and_its_row_sums_are_dropped(monke
     fake(monkeypatch, "flash_attn.cute", lambda *args, **options: (reference_varlen(*args, **options), None))
     found = flash.installed()
     q, where = torch.randn(1, 2, 5, 8), varlen([3, 2])
-    torch.testing.assert_close(found.attend(where, q, q, q, 0.3)[0],
-                               reference_varlen(*[q[0].transpose(0, 1)] * 3, *[where.cu_seqlens] * 2, 3, 3, softmax_scale=0.3, causal=True))
+    wanted = reference_varlen(*[q[0].transpose(0, 1)] * 3, *[where.cu_seqlens] * 2, 3, 3, softmax_scale=0.3, causal=True)
+    torch.testing.assert_close(found.attend(where, q, q, q, 0.3)[0], wanted)
 
 
 def test_a_flash_attn_that_does_not_load_is_no_absence(monkeypatch):
@@ -342,7 +352,8 @@ def test_flash_asked_for_runs_or_is_refused_with_the_reason(monkeypatch):
             (GPU, torch.float32, model, "needs model.dtype=bfloat16, and this run computes in float32"),
             (GPU, bf16, wide, "has heads of at most 256, and this model's are 512"),
             (GPU, bf16, model, "is not installed; pip install flash-attn --no-build-isolation, or flash-attn-4")]:
-        with pytest.raises(UserError, match=f"^model.attention: flash-attn .*{reason.removeprefix('flash-attn ')}; wanted model.attention=sdpa"):
+        said = f"^model.attention: flash-attn .*{reason.removeprefix('flash-attn ')}; wanted model.attention=sdpa"
+        with pytest.raises(UserError, match=said):
             flash.choose("flash", device, dtype, architecture)
         assert flash.choose("auto", device, dtype, architecture) is None
     fake(monkeypatch)
@@ -362,9 +373,11 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("words, reason", [
-    (["model.attention=flash"], "model.attention: flash-attn needs a GPU, and this run is on the cpu; wanted model.attention=sdpa or auto"),
+    (["model.attention=flash"],
+     "model.attention: flash-attn needs a GPU, and this run is on the cpu; wanted model.attention=sdpa or auto"),
     (["model.attention=flex"], "model.attention: 'flex' is not one of auto, flash, sdpa"),
-    (["model.liger=true"], "model.liger: liger-kernel's Triton kernels need a GPU, and this run is on the cpu; wanted model.liger=false"),
+    (["model.liger=true"],
+     "model.liger: liger-kernel's Triton kernels need a GPU, and this run is on the cpu; wanted model.liger=false"),
     (["model.compile=true"], "model.compile: on a CPU torch.compile needs a C++ compiler"),
     (["model.gradient_checkpointing=some"], "model.gradient_checkpointing: wanted true, false or selective, got 'some'"),
     (["model.gradient_checkpointing=selective", "model.compile=true"], "selective cannot see into compiled blocks"),
@@ -377,7 +390,7 @@ def test_what_cannot_run_is_refused_before_weights_are_loaded(words, reason, mod
     monkeypatch.setattr(models, "load_causal_lm", load)
     monkeypatch.setattr(build, "which", lambda name: None)
     with pytest.raises(UserError) as caught:
-        Trainer(load_config("grpo_quickstart", overrides=[f"model.path={model}", "model.device=cpu", f"out={tmp_path / 'run'}", *words]))
+        Trainer(load_config("grpo_quickstart", f"model.path={model}", "model.device=cpu", f"out={tmp_path / 'run'}", *words))
     assert reason in str(caught.value) and not (tmp_path / "run").exists()
 
 
@@ -460,9 +473,10 @@ def test_selective_recomputation_repeats_only_what_is_cheap():
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
-WORDS = ["grpo_quickstart", "num_prompts=2", "group_size=4", "num_steps=1", "sampling.max_new_tokens=12", "thinking.max_tokens=6",
-         "answer.max_tokens=3", "eval.every=0", "eval.num_samples=0", "eval.ablations=false", "log.live=plain", "model.device=cpu",
-         "objective.entropy_coef=0.01"]  # so that every completion is learnt from
+WORDS = [
+    "grpo_quickstart", "num_prompts=2", "group_size=4", "num_steps=1", "sampling.max_new_tokens=12", "thinking.max_tokens=6",
+    "answer.max_tokens=3", "eval.every=0", "eval.num_samples=0", "eval.ablations=false", "log.live=plain", "model.device=cpu",
+    "objective.entropy_coef=0.01"]  # so that every completion is learnt from
 
 
 def test_a_run_tells_its_plan_and_logs_its_speed(model, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import fastlatent
 from fastlatent.live import SHOWN
 from fastlatent.log import MetricsLog, StepLog, read
-from fastlatent.metrics import NAMES, SPANS, check, is_reproducible
+from fastlatent.metrics import NAMES, PHASES, SPANS, check, is_reproducible, phase_seconds
 
 SOURCE = Path(fastlatent.__file__).parent
 
@@ -22,6 +22,16 @@ def test_every_span_in_the_source_is_in_the_table_and_is_timed():
     assert len(used) > 8
     assert used == set(SPANS)
     assert all(f"time/{name}" in NAMES for name in SPANS)
+
+
+def test_what_a_step_is_spent_on_is_disjoint_and_sums_to_the_spans_of_its_first_level():
+    row = {"time/step": 10.0, "time/rollout": 5.0, "time/rollout/decode": 3.0, "time/rollout/reward": 0.5,
+           "time/rollout/weight_sync": 0.25, "time/score_old": 1.0, "time/score_ref": 0.5, "time/update": 2.5,
+           "time/update/head": 1.0}
+    assert phase_seconds(row) == {"rollout": 4.25, "reward": 0.5, "sync": 0.25, "score": 1.5, "update": 2.5}
+    # of demonstrations nothing is drawn, and a logged null is no time
+    assert phase_seconds({"time/step": 2.0, "time/update": 1.5, "time/score_old": None}) == {"update": 1.5}
+    assert {span for spans in PHASES.values() for span in spans} <= set(SPANS)
 
 
 def test_every_metric_name_in_the_source_is_in_the_table():

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import sqlite3
+from xml.etree import ElementTree
 
 import pytest
 
@@ -192,6 +193,34 @@ def test_the_timeline_is_to_scale_and_short_ranges_are_drawn_as_one(timeline):
     assert len(timeline_svg(Timeline.of(True, many, []))) < 2_000_000
 
 
+@pytest.mark.parametrize("is_coarse", [False, True])
+def test_the_figure_is_an_image_of_its_own_and_small(tmp_path, is_coarse):
+    trace = chrome()
+    if is_coarse:
+        sample = next(e for e in trace["traceEvents"] if e["name"] == "rollout/decode")
+        trace["traceEvents"] += [
+            sample | {"name": "rollout/sample", "ts": sample["ts"] + 3 * i, "dur": 2.0} for i in range(10_000)]
+    (tmp_path / "x.json").write_text(json.dumps(trace))
+    figure = tmp_path / "figure.svg"
+    profile_report.main([str(tmp_path / "x.json"), "--figure", str(figure)])
+    root = ElementTree.fromstring(figure.read_text())  # what an image must be: well-formed, in its name space, and to scale
+    svg = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{svg}svg" and root.get("viewBox").split()[2] == str(WIDTH)
+    labels = [text.text for text in root.iter(f"{svg}text")]
+    assert labels[:3] == ["step", "rollout", "update"] and {"forward", "rollout/decode", "0.1 s"} <= {*labels, "forward"}
+    assert figure.stat().st_size < 150_000
+
+
+def test_a_figure_is_refused_where_there_is_no_timeline_or_no_place(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time/step": 4.0}\n')
+    (tmp_path / "x.json").write_text(json.dumps(chrome()))
+    for file, figure, said in (
+            ("metrics.jsonl", "a.svg", "holds sums of steps"), ("x.json", "a.png", "wanted a name that ends in .svg"),
+            ("x.json", "nowhere/a.svg", "cannot write .*: No such file")):
+        with pytest.raises(UserError, match=said):
+            profile_report.main([str(tmp_path / file), "--figure", str(tmp_path / figure)])
+
+
 def test_names_from_a_file_are_text(tmp_path):
     trace = chrome()
     for event in trace["traceEvents"]:
@@ -205,7 +234,7 @@ def test_names_from_a_file_are_text(tmp_path):
 def test_metrics_of_a_run_have_times_and_tokens(tmp_path, capsys):
     rows = [{"step": 0, "eval/accuracy": 0.5, "time/evaluate": 3.0},
             {"step": 1, "reward": 0.1, "num_tokens": 100, "time/step": 4.0, "time/rollout": 2.0, "time/rollout/decode": 1.5,
-             "time/update": 1.0},
+             "time/update": 1.0, "time/score_old": 0.25},
             {"step": 2, "reward": 0.2, "num_tokens": 140, "time/step": 6.0, "time/rollout": 4.0, "time/rollout/decode": 3.0,
              "time/update": 2.0}]
     path = tmp_path / "metrics.jsonl"
@@ -215,7 +244,8 @@ def test_metrics_of_a_run_have_times_and_tokens(tmp_path, capsys):
     assert columns(out, "step") == ["2", "10", "100.0%", "24"]
     assert columns(out, "rollout") == ["2", "6", "60.0%", "40"]
     assert columns(out, "rollout/decode") == ["2", "4.5", "45.0%"] and columns(out, "evaluate") == ["1", "3", "30.0%"]
-    assert [line.split()[0] for line in out.splitlines()[1:6]] == ["step", "rollout", "rollout/decode", "update", "evaluate"]
+    assert [line.split()[0] for line in out.splitlines()[1:7]] == [
+        "step", "rollout", "rollout/decode", "score_old", "update", "evaluate"]
     page = Page((tmp_path / "metrics.profile.html").read_text())
     assert "data:image/png" in dict(next(a for tag, a in page.elements if tag == "img").items())["src"]
 
@@ -245,7 +275,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, content, sa
 def test_a_folder_a_report_before_its_export_and_no_file_at_all(tmp_path):
     (tmp_path / "a.nsys-rep").write_bytes(b"x")
     sqlite3.connect(tmp_path / "empty.sqlite").execute("CREATE TABLE t (a INT)").connection.commit()
-    for words, said in (([tmp_path], "a folder"), ([tmp_path / "a.nsys-rep"], "nsys export"), ([], "usage"),
+    for words, said in (([tmp_path], "a folder"), ([tmp_path / "a.nsys-rep"], "nsys export"), ([], "required: FILE"),
                         ([tmp_path / "empty.sqlite"], "holds no range")):
         with pytest.raises(UserError, match=said):
             profile_report.main([str(word) for word in words])

@@ -1,11 +1,13 @@
 import time
-import timeit
 
 import pytest
 import torch
 
+import benches.span
+from benches import results
 from fastlatent import profiling
-from fastlatent.profiling import reset_timings, span, timings
+from fastlatent.errors import UserError
+from fastlatent.profiling import apart, reset_timings, span, timings
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +37,11 @@ def test_a_span_measures_its_block_and_adds_up():
     expected = 0.0
     for _ in range(3):
         start = time.perf_counter()
-        with span("reward"):
+        with span("evaluate"):
             time.sleep(0.01)
         expected += time.perf_counter() - start
-    assert 0.03 <= timings()["reward"] <= expected
-    assert expected - timings()["reward"] < 0.01
+    assert 0.03 <= timings()["evaluate"] <= expected
+    assert expected - timings()["evaluate"] < 0.01
     reset_timings()
     assert timings() == {}
 
@@ -87,10 +89,10 @@ def test_counts_of_tokens_reach_the_profilers(monkeypatch):
             drawing.tokens = 7
         with span("update/microbatch", tokens=5):
             pass
-        with span("reward"):
+        with span("evaluate"):
             pass
     assert ranges.counts == [
-        ("rollout", None), ("in rollout", 7), ("update/microbatch", 5), ("in update/microbatch", 5), ("reward", None)]
+        ("rollout", None), ("in rollout", 7), ("update/microbatch", 5), ("in update/microbatch", 5), ("evaluate", None)]
     events = {event.name: event for event in profile.events()}
     assert events["tokens=7"].cpu_parent is events["rollout"]
     assert events["tokens=5"].cpu_parent is events["update/microbatch"]
@@ -122,9 +124,9 @@ def test_a_watcher_is_told_before_any_profiler_and_after_all_of_them(monkeypatch
                 1 / 0
     finally:
         profiling.watch(None)
-    with span("reward"):
+    with span("evaluate"):
         pass
-    assert told == [("entered", "rollout"), ("push", "rollout"), ("pop",), ("left", "rollout"), ("push", "reward"), ("pop",)]
+    assert told == [("entered", "rollout"), ("push", "rollout"), ("pop",), ("left", "rollout"), ("push", "evaluate"), ("pop",)]
 
 
 def test_a_span_neither_breaks_nor_times_a_compiled_region():
@@ -139,12 +141,49 @@ def test_a_span_neither_breaks_nor_times_a_compiled_region():
     assert set(timings()) == {"rollout/decode"}
 
 
-def test_a_span_costs_about_a_microsecond_while_nothing_records():
-    def spanned():
-        with span("step"):
+def test_what_begins_while_a_span_is_open_ends_with_its_own_ranges():
+    """A profiler that starts or stops in the middle sees whole ranges only."""
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with span("step"):
+        profile.start()
+        with span("update"):
             pass
+        with span("score_old"):
+            profile.stop()
+    with span("rollout"):
+        pass
+    assert set(timings()) == {"step", "update", "score_old", "rollout"}
+    assert "update" in {event.name for event in profile.events()} and "rollout" not in {event.name for event in profile.events()}
+    assert "step" not in {event.name for event in profile.events()}
 
-    assert min(timeit.repeat(spanned, number=1000, repeat=20)) / 1000 < 5e-6
+
+def test_spans_apart_are_seen_and_not_counted(monkeypatch):
+    ranges = Ranges()
+    with span("update/forward"):
+        pass
+    before = timings()
+    for is_shown in (False, True):
+        if is_shown:
+            monkeypatch.setattr(profiling, "_ranges", ranges)
+        with pytest.raises(ZeroDivisionError):
+            with span("score_old"), apart():
+                with span("update/forward"):
+                    1 / 0
+        assert timings().pop("update/forward") == before["update/forward"]
+    assert timings()["score_old"] > 0 and ranges.seen == ["score_old", "score_old/update/forward"]
+    with span("update/forward"):
+        pass
+    assert timings()["update/forward"] > before["update/forward"]
+
+
+def test_the_cost_of_a_span_is_measured_idle_and_under_a_profiler(tmp_path, capsys):
+    benches.span.main(["--rounds", "2", "--out", str(tmp_path / "lines.jsonl")])
+    idle, recorded = results.read(tmp_path / "lines.jsonl")
+    assert (idle["variant"], recorded["variant"]) == ("idle", "torch.profiler")
+    assert idle["metrics"]["wall_s"] > 0 and recorded["metrics"]["wall_s"] > 0
+    assert capsys.readouterr().out.startswith("idle ") and not torch.autograd._profiler_enabled()
+    with pytest.raises(UserError, match="--rounds: wanted 1 or more, got 0"):
+        benches.span.main(["--rounds", "0"])
 
 
 class FakeDevice:
@@ -184,6 +223,10 @@ def test_on_a_device_nobody_waits_before_the_times_are_read(monkeypatch):
     assert timings() == {"step": 0.502, "update": 0.5}
     assert device.num_waits == 4
     assert timings() == {"step": 0.502, "update": 0.5}
+    with span("score_old"), apart():
+        with span("update"):
+            device.now_ms += 3
+    assert timings() == {"step": 0.502, "update": 0.5, "score_old": 0.003}
 
 
 def test_a_device_that_fails_leaves_no_range_open(monkeypatch):

@@ -1,5 +1,6 @@
 """The README says what is so: its numbers come from committed lines, its commands run, its options and files exist."""
 
+import json
 import os
 import re
 import runpy
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from benches import readme
+from benches import gpu_status, readme
 from fastlatent import helptext, log
 from fastlatent.config import family, load_config, member_schema
 from fastlatent.errors import UserError
@@ -22,7 +23,8 @@ TEXT = (ROOT / "README.md").read_text()
 QUICK = "num_steps=1 num_prompts=2 group_size=2 eval.num_prompts=2 log.live=plain"
 
 LINE = {"bench": "update", "case": "64 completions", "variant": "latent",
-        "metrics": {"wall_s": 2.5, "speed_over_trl": 1.25, "peak_bytes": 2.0**30}, "spread": {"wall_s": [2.25, 3.0], "speed_over_trl": [1, 2]},
+        "metrics": {"wall_s": 2.5, "speed_over_trl": 1.25, "peak_bytes": 2.0**30},
+        "spread": {"wall_s": [2.25, 3.0], "speed_over_trl": [1, 2]},
         "facts": {"model": "some-model", "dtype": "bfloat16"}, "git": {"commit": "0123456789", "dirty": True},
         "hardware": {"cpu": "Some CPU", "cores": 2, "gpus": []}, "versions": {"torch": "9.9", "transformers": "8.8"},
         "threads": {"torch": 2}, "time": "2026-11-20T10:00:00+00:00"}
@@ -31,15 +33,15 @@ LINE = {"bench": "update", "case": "64 completions", "variant": "latent",
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def test_every_number_is_generated_from_a_committed_line():
-    assert readme.filled(TEXT, readme.generated(readme.baselines())) == TEXT, "run python -m benches.readme"
+def test_every_number_and_the_state_of_every_gpu_path_are_generated_from_a_committed_line():
+    assert readme.whole(TEXT) == TEXT, "run python -m benches.readme"
 
 
 def test_a_table_has_the_numbers_of_its_line_and_what_they_were_measured_on():
     assert readme.generated([LINE]).endswith(
-        "| batch | update | seconds | times trl | peak MiB | dtype |\n| --- | --- | --- | --- | --- | --- |\n"
-        "| 64 completions | latent | 2.50 (2.25 to 3.00) | 1.25 (1.00 to 2.00) | 1024 | bfloat16 |\n\n"
-        "<sub>Some CPU, 2 cores, 2 threads; some-model; torch 9.9, transformers 8.8; commit 0123456 with changes, 2026-11-20</sub>\n")
+        "| batch | update | seconds | times trl | peak MiB | dtype | commit |\n| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| 64 completions | latent | 2.50 (2.25 to 3.00) | 1.25 (1.00 to 2.00) | 1024 | bfloat16 | 0123456+ |\n\n"
+        "<sub>Some CPU, 2 cores, 2 threads; some-model; torch 9.9, transformers 8.8; 2026-11</sub>\n")
     assert readme.generated([]) == ""
 
 
@@ -51,9 +53,63 @@ def test_the_newest_line_of_a_machine_counts():
         assert text.count("7.00 (7.00 to 7.00)") == 2 and "2.50" not in text and text.count("<sub>") == 2
 
 
+RUN = LINE | {"bench": "learning", "case": "hrpo_quickstart", "metrics": {"reward_last": 0.5},
+              "spread": {"reward_last": [0.5, 0.5]}}
+
+
+def run(variant: str, reward: float, hour: int, **changes) -> dict:
+    steps = int(variant.split(", ")[1].split()[0])
+    return RUN | {"variant": variant, "facts": LINE["facts"] | {"steps": steps, "reward_first": reward},
+                  "time": f"2026-11-20T{hour:02}:00:00+00:00"} | changes
+
+
+def test_of_a_recipe_only_the_runs_that_are_as_long_as_it_is_now_are_shown():
+    other = {"case": "grpo_quickstart"}
+    elsewhere = {"hardware": {"cpu": "Other CPU", "cores": 64, "gpus": []}}
+    lines = [run("seed 0, 14 steps", 0.11, 1), run("seed 0, 24 steps", 0.12, 2), run("seed 0, 24 steps", 0.13, 5),
+             run("seed 1, 14 steps", 0.14, 3), run("seed 2, 24 steps", 0.15, 4), run("seed 0, 14 steps", 0.16, 2, **other),
+             run("seed 0, 14 steps", 0.17, 2, **elsewhere)]
+    for some in (lines, lines[::-1]):
+        text = readme.generated(some)
+        shown = {number for number in re.findall(r"(0\.\d\d) -> 0\.50", text)}
+        # the newest of seed 0, the only one of seed 2; those of another recipe and of another machine, however short
+        assert shown == {"0.13", "0.15", "0.16", "0.17"}
+    # a recipe that has become shorter keeps its longer runs until they are made again
+    text = readme.generated([lines[1], run("seed 3, 9 steps", 0.18, 9)])
+    assert {"0.12", "0.18"} == set(re.findall(r"(0\.\d\d) -> 0\.50", text))
+
+
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(UserError, match="measured"):
         readme.filled("# fastlatent\n", "")
+    with pytest.raises(UserError, match="gpu"):
+        readme.filled("# fastlatent\n", "", readme.GPU)
+
+
+def status(tmp_path, **changes) -> list[gpu_status.Status]:
+    line = {"path": "kernels", "state": "measured", "where": "NVIDIA H200", "when": "2026-12", "shown": "tests",
+            "baseline": "1x-nvidia-h200.jsonl"} | changes
+    (tmp_path / "status.jsonl").write_text(json.dumps(line) + "\n")
+    return gpu_status.read(tmp_path / "status.jsonl", tmp_path)
+
+
+def test_a_gpu_path_that_ran_has_a_baseline_of_that_gpu(tmp_path):
+    on = {"hardware": {"cpu": "Some CPU", "cores": 16, "gpus": ["NVIDIA H200"]}}
+    (tmp_path / "1x-nvidia-h200.jsonl").write_text(json.dumps(LINE | on) + "\n")
+    (tmp_path / "some-cpu-2-cores.jsonl").write_text(json.dumps(LINE) + "\n")
+    assert gpu_status.table(status(tmp_path)).splitlines()[2] == "| kernels | measured | NVIDIA H200, 2026-12 | tests |"
+    for changes, said in (
+            ({"baseline": None}, "'measured' wants a file of benches/baselines, got None"),
+            ({"state": "ran", "baseline": "b200.jsonl"}, "'ran' wants a file of benches/baselines, got 'b200.jsonl'"),
+            ({"baseline": "some-cpu-2-cores.jsonl"}, "some-cpu-2-cores.jsonl was not measured on NVIDIA H200"),
+            ({"where": "NVIDIA H100"}, "1x-nvidia-h200.jsonl was not measured on NVIDIA H100"),
+            ({"state": "works"}, "state 'works' is not one of never run, built, ran, measured"),
+            ({"when": ""}, "'measured' wants where and when"), ({"state": "built", "where": ""}, "'built' wants where and when"),
+            ({"state": "never run"}, "never run has no place and time"), ({"status": "x"}, "not a status")):
+        with pytest.raises(UserError, match=f"^status.jsonl, line 1: .*{re.escape(said)}"):
+            status(tmp_path, **changes)
+    never = status(tmp_path, state="never run", where="", when="", baseline=None)
+    assert gpu_status.table(never).splitlines()[2] == "| kernels | never run |  | tests |"
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------

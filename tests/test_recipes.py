@@ -139,7 +139,7 @@ def test_a_recipe_takes_two_steps(inside, recipe):
 
 
 @pytest.mark.parametrize("recipe", MIXTURES)
-def test_a_recipe_whose_actions_are_mixtures_takes_two_steps(inside, recipe):
+def test_a_recipe_whose_actions_are_mixtures_takes_two_steps(inside, recipe, capsys):
     trainer = train(inside / "run", recipe, *SMALL, "model.dtype=float32", "eval.every=2", "eval.num_samples=2",
                     "eval.ablations=true", "data.held_out=math.jsonl", "model.path=model", *MIXTURES[recipe])
     config, rows = trainer.config, steps(trainer)
@@ -158,7 +158,13 @@ def test_a_recipe_whose_actions_are_mixtures_takes_two_steps(inside, recipe):
     assert any(row["latent/frac_first_selected"] > 0 for row in rows) == config.method.select_first
     assert any(row["latent/frac_masked"] > 0 for row in rows) == (config.method.truncated == "masked")
     evaluated = [row for row in read(inside / "run" / "metrics.jsonl") if "eval/accuracy_latents_off" in row]
-    assert len(evaluated) == 1
+    assert [row["step"] for row in evaluated] == [0, 2]
+    assert all(f"eval/accuracy_latents_{how}" in row for row in evaluated for how in ("on", "shuffled"))
+    lines = capsys.readouterr().out.splitlines()
+    for how in ("on", "off", "shuffled"):  # where it starts from, and what it has become
+        assert [line.partition(" accuracy")[0].split() for line in lines if f"latents {how} " in line] == [
+            ["step", "0:", "latents", how], ["latents", how]]
+    assert sum(line.startswith("collapse alarms: ") for line in lines) == 1 and not any("warning" in line for line in lines)
 
 
 # ---- what is learnt from --------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """The recipes hold the published hyper-parameters, written down here a second time from the specification."""
 
+import re
+from importlib.resources import files
+
 import pytest
 
 from fastlatent.config import load_config, to_dict
@@ -58,37 +61,42 @@ GSM8K = {"group_size": 4, "num_steps": 7473 // 8, "data.answer_after": "####",
          "rewards": [{"name": "exact_number", "weight": 1.0, "strict": False}]}
 MATH = {"group_size": 8, "num_steps": 7500 // 8, "data.answer_after": None,
         "rewards": [{"name": "math_equal", "weight": 1.0, "require_delimiter": True}]}
-# arXiv:2604.27998 and arXiv:2511.06411 and their releases
-MIXTURES = {
-    "num_prompts": 64, "group_size": 8, "model.dtype": "bfloat16", "model.lora": None, "model.freeze_embedding": True,
-    "thinking.max_tokens": None, "sampling.temperature": 0.6, "sampling.top_k": 30, "sampling.top_p": 0.95,
-    "objective.advantage": "z_score", "objective.advantage_eps": 1e-6, "objective.normalizer": "token_mean",
-    "objective.clip_low": 0.2, "objective.clip_high": 0.2, "objective.dual_clip": 3.0, "objective.entropy_coef": 0.0,
-    "objective.score_temperature": None, "objective.num_epochs": 1, "optim.lr": 1e-6, "optim.weight_decay": 0.01,
-    "optim.schedule": "constant", "optim.max_grad_norm": 1.0, "method.top_p": 0.95, "method.noise_low": -1.5,
-    "method.noise_high": 3.0, "method.noise_scale": 1.0,
-    "rewards": [{"name": "math_equal", "weight": 1.0, "require_delimiter": False}],
-}
+# arXiv:2604.27998 and its release, which is built on that of arXiv:2511.06411
 LATENT_GRPO = {
-    "model.path": "DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10", "chat.max_prompt_tokens": 192, "sampling.max_new_tokens": 128,
-    "thinking.end": "</", "objective.num_minibatches": 64 // 16, "objective.kl_coef": 0.0,
-    "objective.filter_zero_variance": True, "objective.max_filter_rounds": 50 - 1, "method.name": "latent_grpo",
-    "method.top_k": 10, "method.candidates": "union", "method.one_sided": True, "method.delta": 0.0,
-    "method.mixture_temperature": 1.0, "method.end_rule": "likeliest", "method.truncated": "masked",
+    "num_prompts": 64, "group_size": 8, "model.dtype": "bfloat16", "model.lora": None, "model.freeze_embedding": True,
+    "chat.suffix": "\nPlease reason step by step, and put your final answer within \\boxed{}.", "chat.max_prompt_tokens": 192,
+    "thinking.end": "</", "thinking.max_tokens": None, "sampling.temperature": 0.6, "sampling.top_k": 30,
+    "sampling.top_p": 0.95, "sampling.max_new_tokens": 128, "objective.advantage": "z_score", "objective.advantage_eps": 1e-6,
+    "objective.normalizer": "token_mean", "objective.clip_low": 0.2, "objective.clip_high": 0.2, "objective.dual_clip": 3.0,
+    "objective.entropy_coef": 0.0, "objective.kl_coef": 0.0, "objective.score_temperature": None,
+    "objective.num_minibatches": 64 // 16, "objective.filter_zero_variance": True, "objective.max_filter_rounds": 50 - 1,
+    "optim.lr": 1e-6, "optim.weight_decay": 0.01, "optim.schedule": "constant", "optim.max_grad_norm": 1.0,
+    "method.name": "latent_grpo", "method.top_k": 10, "method.top_p": 0.95, "method.candidates": "union",
+    "method.noise_low": -1.5, "method.noise_high": 3.0, "method.noise_scale": 1.0, "method.one_sided": True,
+    "method.delta": 0.0, "method.mixture_temperature": 1.0, "method.end_rule": "likeliest", "method.truncated": "masked",
     "method.bound_negative": True, "method.select_first": True, "method.clamp_density": False, "method.logprob_floor": None,
+    "method.is_latent_init": True, "rewards": [{"name": "math_equal", "weight": 1.0, "require_delimiter": False}],
 }
+LATENT_GRPO_INFERRED = {"model.path": "DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10", "objective.num_epochs": 1}
 SOFT_GRPO = {
-    "model.path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "sampling.max_new_tokens": 8192, "thinking.end": "</think>",
-    "objective.num_minibatches": 64 // 32, "objective.kl_coef": 0.001, "objective.kl_estimator": "k3",
-    "objective.filter_zero_variance": False, "method.name": "soft_grpo", "method.top_k": 5,
-    "method.candidates": "renormalised", "method.one_sided": False, "method.mixture_temperature": 0.1,
+    "num_prompts": 64, "group_size": 8, "model.path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "thinking.end": "</think>",
+    "sampling.max_new_tokens": 8192, "objective.advantage": "z_score", "objective.kl_coef": 0.001,
+    "objective.kl_estimator": "k3", "objective.num_minibatches": 64 // 32, "optim.lr": 1e-6, "method.name": "soft_grpo",
+    "method.top_k": 5, "method.top_p": 0.95, "method.candidates": "renormalised", "method.noise_low": -1.5,
+    "method.noise_high": 3.0, "method.noise_scale": 1.0, "method.one_sided": False, "method.mixture_temperature": 0.1,
     "method.clamp_density": True, "method.logprob_floor": -3.0, "method.truncated": "kept", "method.bound_negative": False,
     "method.select_first": False,
 }
+SOFT_GRPO_INFERRED = {path: LATENT_GRPO[path] for path in (
+    "model.dtype", "model.freeze_embedding", "sampling.temperature", "sampling.top_k", "sampling.top_p",
+    "objective.advantage_eps", "objective.normalizer", "objective.clip_low", "objective.clip_high", "objective.dual_clip", "objective.entropy_coef",
+    "objective.score_temperature", "optim.weight_decay", "optim.schedule", "optim.max_grad_norm", "rewards")} | {
+    "objective.num_epochs": 1, "objective.filter_zero_variance": False, "model.lora": None, "thinking.max_tokens": None}
+STATED = {"latent_grpo_gsm8k": (LATENT_GRPO, LATENT_GRPO_INFERRED), "soft_grpo_math": (SOFT_GRPO, SOFT_GRPO_INFERRED)}
 QUICKSTARTS = ("hrpo_quickstart", "grpo_quickstart", "latent_sft_quickstart", "latent_grpo_quickstart")
 SPECIFICATION = {
-    "latent_grpo_gsm8k": MIXTURES | LATENT_GRPO,
-    "soft_grpo_math": MIXTURES | SOFT_GRPO,
+    "latent_grpo_gsm8k": LATENT_GRPO | LATENT_GRPO_INFERRED,
+    "soft_grpo_math": SOFT_GRPO | SOFT_GRPO_INFERRED,
     "hrpo_gsm8k": PUBLISHED | GATE | GSM8K,
     "hrpo_math": PUBLISHED | GATE | MATH,
     "grpo_gsm8k": PUBLISHED | GSM8K | {"method": {"name": "grpo"}},
@@ -113,6 +121,33 @@ def test_recipe_holds_every_published_number(recipe, resolved):
         if path == "rewards":
             value = [{key: v for key, v in reward.items() if key != "timeout_s"} for reward in value]
         assert value == want, path
+
+
+def tags(recipe: str) -> dict[str, str]:
+    """The source that a recipe's file names for each of its options, the first word of the comment beside it; "" for none."""
+    out, section = {}, ""
+    for line in (files("fastlatent") / "recipes" / f"{recipe}.yaml").read_text().splitlines():
+        setting, _, comment = line.partition(" # ")
+        if not (found := re.fullmatch(r"(\s*)(?:- )?(\w+):(.*)", setting)):
+            continue
+        indent, key, value = found.groups()
+        if not value.strip():
+            section = key
+            continue
+        path = key if not indent else section if section == "rewards" else f"{section}.{key}"
+        source = re.match(r"\w*", comment)[0]
+        assert out.setdefault(path, source) == source, path
+    return out
+
+
+@pytest.mark.parametrize("recipe", STATED)
+def test_an_option_is_told_to_be_published_where_it_was_and_nowhere_else(recipe):
+    stated, inferred = STATED[recipe]
+    found = {path: source for path, source in tags(recipe).items() if not path.startswith("data.") and path != "method.name"}
+    for path, source in found.items():
+        assert source == ("code" if path in stated else "inferred" if path in inferred else "ours"), path
+    # what a file leaves at its default is published, too
+    assert len(found.keys() & stated.keys()) > 20 and {"seed", "update.tokens_per_microbatch"} <= found.keys() - stated.keys()
 
 
 def test_system_prompt_asks_for_reasoning_then_the_delimiter_then_the_answer(recipe, resolved):

@@ -185,6 +185,13 @@ def test_length_without_a_ramp_is_a_step():
         LengthConfig(max_tokens=10, cache_tokens=11)
 
 
+@pytest.fixture
+def unhurried(monkeypatch):
+    """What is equal does not depend on how busy this machine is."""
+    monkeypatch.setattr("fastlatent.rewards.math_equal._MATH_TIMEOUT_S", 60)
+
+
+@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("found, answer, reward", [
     (r"\frac{1}{2}", "0.5", 1), (r"\dfrac{1}{2}", r"\frac{1}{2}", 1), (r"2\sqrt{3}", r"\sqrt{12}", 1),
     ("(x+1)^2", "x^2+2x+1", 1),
@@ -202,6 +209,7 @@ def test_math_equal(found, answer, reward):
         assert math_equal(rf"thinking #### so \boxed{{{found}}}", answer) == reward
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_math_equal_wants_one_delimiter_unless_told_otherwise():
     boxed = r"so \boxed{\frac{1}{2}}, that is \boxed{5}."
     assert math_equal(boxed, "5") == 0
@@ -258,7 +266,7 @@ def test_every_built_in_runs_in_the_pool():
 
 
 MISHAPS = {
-    "hang": ("timeouts", "took more than 0.5 s"), "spin": ("timeouts", "took more than 0.5 s"),
+    "hang": ("timeouts", "took more than 1 s"), "spin": ("timeouts", "took more than 1 s"),
     "exit": ("crashes", "exit code 3"), "segfault": ("crashes", "SIGSEGV"), "forge": ("crashes", "nobody asked for"),
     "garble": ("crashes", "nobody asked for"),
     "raise": ("exceptions", "KeyError: 'no such thing' (my_rewards.py:"), "sys.exit": ("exceptions", "SystemExit"),
@@ -272,7 +280,7 @@ MISHAPS = {
 @pytest.mark.parametrize("mishap", MISHAPS)
 def test_a_mishap_costs_one_reward_and_is_counted(user_rewards, mishap):
     counter, message = MISHAPS[mishap]
-    timeout_s = 0.5 if counter == "timeouts" else 30.0
+    timeout_s = 1.0 if counter == "timeouts" else 30.0
     configs = [user("seen"), user(timeout_s=timeout_s), RewardConfig(name="exact_number", weight=2.0)]
     batch = jobs("#### 5", mishap, "#### 5", num_tokens=0, forced_end=False)
     with RewardPool(configs, num_workers=1, memory_mb=300) as pool:
@@ -289,7 +297,7 @@ def test_a_mishap_costs_one_reward_and_is_counted(user_rewards, mishap):
 
 def test_many_mishaps_at_once_leave_the_others_alone(user_rewards):
     completions = ["fine", "exit", "fork", "raise", "none", "fine", "hang", "exit", "true", "nan", "bomb", "fine"] * 2
-    with RewardPool([user(timeout_s=2.0)], num_workers=3, memory_mb=300) as pool:
+    with RewardPool([user(timeout_s=4.0)], num_workers=3, memory_mb=300) as pool:
         results, report = pool.score(jobs(*completions))
     harmless = ("fine", "fork", "true")
     assert [r.values["judge"] for r in results] == [1.0 if c in harmless else None for c in completions]
@@ -480,7 +488,7 @@ pool.score([RewardJob("p", "{completion}", "pids")])
 
 
 def test_killing_a_worker_kills_what_it_started(user_rewards):
-    with RewardPool([user(timeout_s=1.0)], num_workers=1) as pool:
+    with RewardPool([user(timeout_s=3.0)], num_workers=1) as pool:
         _, report = pool.score([RewardJob("p", "orphan", "pids")])
     assert report.num_timeouts == 1
     pids = [int(pid) for pid in (user_rewards / "pids").read_text().split()]
@@ -512,7 +520,7 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _wait_until(condition, timeout_s: float = 10.0) -> None:
+def _wait_until(condition, timeout_s: float = 60.0) -> None:
     until = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < until

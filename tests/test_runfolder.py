@@ -14,6 +14,7 @@ from fastlatent.errors import UserError
 from fastlatent.log import read
 from fastlatent.runfolder import RunFolder, first_difference, read_config
 from fastlatent.schema import Config
+from fastlatent.vllm_plugin import surface
 
 DEFAULT = OmegaConf.to_container(OmegaConf.structured(Config(recipe="quick")))
 
@@ -237,6 +238,7 @@ def test_the_manifest_tells_what_was_run_where_and_every_resumption(tmp_path):
     assert facts["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["hardware"]["cores"] == len(os.sched_getaffinity(0)) and facts["hardware"]["memory_gb"] > 0
     assert facts["threads"]["torch"] == torch.get_num_threads()
+    assert facts["versions"]["vllm"] == (surface.installed() or ("", None))[1]  # whichever name pip knows it by
     (session,) = facts["sessions"]
     assert set(session) == set(facts) - {"config", "seed", "data_fingerprint", "sessions"}
 

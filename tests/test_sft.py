@@ -201,13 +201,26 @@ def test_imitation_learns_latents_and_reasoning_goes_on_from_it(inside, capsys):
 
     export.main(["run", "latent-model"])
     evaluate.main(["run", "--limit=2"])
-    assert "latent" in capsys.readouterr().out
+    greedy = capsys.readouterr().out
+    assert "accuracy" in greedy and "latent " in greedy and "pass@" not in greedy
+    evaluate.main(["run", "--limit=2", "--samples=4"])  # drawn with Gumbel noise
+    table = capsys.readouterr().out
+    assert all(f"pass@{k} " in table for k in (1, 2, 4))
     assert train.main(["latent_grpo_quickstart", "model.path=latent-model", "model.dtype=float32", *ROWS, END, "log.live=plain",
-                       "eval.ablations=false", "group_size=2", "num_steps=1", "out=rl"]) == 0
+                       "group_size=2", "num_steps=1", "out=rl"]) == 0
     out = capsys.readouterr().out
     assert "warning" not in out and "step 1/1" in out
+    assert "step 0: latents off " in out and "collapse alarms: too few steps to tell (1)" in out
     sampled = read(Path("rl/samples.jsonl"))
     assert any(row["num_latent"] for row in sampled) and any("####" in row["completion"] for row in sampled)
+
+
+def test_a_model_that_has_not_learnt_latents_is_warned_of_once(inside, capsys):
+    assert train.main(["latent_grpo_quickstart", "model.path=model", "model.dtype=float32", *ROWS, END, "log.live=quiet",
+                       "method.is_latent_init=false", "group_size=2", "num_steps=1", "eval.every=0", "eval.ablations=false",
+                       "out=cold"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(told) == 1 and "begin with python -m fastlatent.sft" in told[0]
 
 
 def session(folder: Path, argv: list[str]) -> None:

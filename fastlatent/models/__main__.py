@@ -1,13 +1,13 @@
 """`python -m fastlatent.models`: fetch the quickstart model ahead of its first use and print its folder."""
 
-import sys
-
-from fastlatent.errors import UserError
+from fastlatent.cli import Parser, run_command
 from fastlatent.models.smollm2 import fetch
 
+
+def main(argv: list[str]) -> None:
+    Parser(prog="python -m fastlatent.models", description=__doc__).parse_args(argv)
+    print(fetch())
+
+
 if __name__ == "__main__":
-    try:
-        print(fetch())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

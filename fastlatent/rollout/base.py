@@ -45,6 +45,7 @@ class RolloutEngine(Protocol):
 
     capabilities: frozenset[Capability]
     method: Method  # the engine's own instance; its weights arrive through load_weights under `method.`
+    version: int  # of the weights it has; -1 before the first
 
     @classmethod
     def check(cls, config: EngineConfig, model: PretrainedConfig, device: torch.device) -> None:

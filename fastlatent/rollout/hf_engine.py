@@ -167,7 +167,7 @@ class HFEngine:
             time_B=torch.zeros(B, dtype=torch.int64, device=device),
         )
         longest = max(len(r.prompt.token_ids) for r in requests)
-        with span("rollout/decode"):
+        with span("rollout/decode") as drawing:
             self.draw(rows, hidden_BD, buffers, sampling)
             for time in range(1, max_new):
                 if time % self.read_every == 0:
@@ -178,7 +178,9 @@ class HFEngine:
                 limit = cache.keys[0].shape[2] if self.is_static else longest + time
                 self._step(rows, cache, buffers, sampling, limit)
             buffers.park(rows.slot_B, rows.span)
-        return buffers.rollouts(requests, self.version)
+            rollouts = buffers.rollouts(requests, self.version)
+            drawing.tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+        return rollouts
 
     def _prefill(self, requests: Sequence[Request], max_new: int) -> tuple[Tensor, attention.KVCache, Tensor]:
         """Last hidden state [B, D] of each row's prompt, the cache that holds it, and the prompt lengths [B]."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from fastlatent.errors import UserError
 from fastlatent.policy import EmbeddingInDtype
@@ -27,6 +27,8 @@ from fastlatent.vllm_plugin.models import FAMILIES, PREFIX
 from fastlatent.vllm_plugin.seats import KEY, Seats
 
 GIB = 2**30
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's CPU attention takes (CPUAttentionBackend.get_supported_head_sizes)."""
 
 
 @ENGINES.register("vllm")
@@ -38,8 +40,9 @@ class VLLMEngine:
         name: str = "vllm"
         max_batch: int = 64
         """Most completions decoded at once (vLLM: max_num_seqs)."""
-        max_batch_tokens: int = 2048
-        """Most tokens read in one step; longer prompts are read in chunks (vLLM: max_num_batched_tokens)."""
+        max_batch_tokens: int = 0
+        """Most tokens read in one step; longer prompts are read in chunks (vLLM: max_num_batched_tokens). 0: 1024 on a CPU, whose
+        caches more would leave, 4096 elsewhere; at least max_batch."""
         kv_cache_gib: float = 2.0
         """Memory for keys and values on a CPU, in GiB."""
         gpu_memory_share: float = 0.4
@@ -60,9 +63,9 @@ class VLLMEngine:
         def __post_init__(self):
             if self.runner not in ("auto", "v1", "v2"):
                 raise UserError(f"engine.runner: {self.runner!r} is not one of auto, v1, v2")
-            for name in ("max_batch", "max_batch_tokens", "block_size"):
-                if getattr(self, name) < 1:
-                    raise UserError(f"engine.{name}: wanted 1 or more, got {getattr(self, name)}")
+            for name, least in (("max_batch", 1), ("max_batch_tokens", 0), ("block_size", 1)):
+                if getattr(self, name) < least:
+                    raise UserError(f"engine.{name}: wanted {least} or more, got {getattr(self, name)}")
 
     def __init__(self, config: Config, parts: EngineParts):
         self.config, self.parts, self.span, self.version = config, parts, parts.span, -1
@@ -78,13 +81,23 @@ class VLLMEngine:
         holder.seats = Seats(self.slots, self._head)
 
     @classmethod
-    def check(cls, config: Config, model: PretrainedConfig, device: torch.device) -> None:
-        surface.check(surface.runner_of(config.runner, device), device)
+    def refusal(cls, config: Config, model: PretrainedConfig, device: torch.device) -> str | None:
+        """Why such a model cannot be run here, with the remedy where there is one; None where it can. Imports vllm last."""
         if model.model_type not in FAMILIES:
-            raise UserError(f"engine.name: vllm runs {', '.join(FAMILIES)} models here, not {model.model_type!r}; use engine.name=hf")
+            return f"vllm runs {', '.join(FAMILIES)} models here, not {model.model_type!r}"
+        head_size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        if device.type == "cpu" and head_size not in CPU_HEAD_SIZES:
+            return f"vllm attends on a CPU with heads of {', '.join(map(str, CPU_HEAD_SIZES))}, and this model's have {head_size}"
+        return surface.refusal(surface.runner_of(config.runner, device), device)
+
+    @classmethod
+    def check(cls, config: Config, model: PretrainedConfig, device: torch.device) -> None:
+        if reason := cls.refusal(config, model, device):
+            raise UserError(f"engine.name: {reason}, or use engine.name=hf")
 
     @classmethod
     def build(cls, config: Config, parts: EngineParts) -> VLLMEngine:
+        cls.check(config, parts.model, parts.device)  # a run may be opened where it was not trained
         return cls(config, parts)
 
     # ---- weights -------------------------------------------------------------------------------------------------------
@@ -150,7 +163,9 @@ class VLLMEngine:
         """What it holds while it draws, by what it is for; its buffers are those of `max_batch` completions, however many come."""
         spec = self.method.record_spec(self.method.model.width, sampling)
         record = Buffers(self.slots.num_slots + 1, self.span.longest(sampling.max_new_tokens), spec, torch.device("meta"))
-        weights = [*self.runner.model.parameters(), *self.method.parameters()]
+        with torch.device("meta"):  # vLLM's own parameters are empty where it has laid them out for a CPU's products
+            model = AutoModelForCausalLM.from_config(self.parts.model, dtype=self.parts.dtype)
+        weights = [*model.parameters(), *self.method.parameters()]
         weights += [] if self.own_head_weight_VD is None else [self.own_head_weight_VD]
         return {"weights": sum(w.numel() * w.element_size() for w in weights),
                 "keys and values": sum(x.nbytes for x in self.runner.kv_caches), "record": record.size_bytes}
@@ -176,11 +191,12 @@ class VLLMEngine:
                     temperature=0.0, max_tokens=longest, stop_token_ids=[LAST],
                     ignore_eos=True, detokenize=False, extra_args={KEY: key})
                 self.engine.add_request(f"{key}", {"prompt_token_ids": list(request.prompt.token_ids)}, params)
-            with span("rollout/decode"):
+            with span("rollout/decode") as drawing:
                 while self.engine.has_unfinished_requests():
                     finished = [names[out.request_id] for out in self.engine.step() if out.finished]
                     if finished:
                         done |= dict(zip(finished, self.slots.take(finished, self.version), strict=True))
+                drawing.tokens = sum(len(rollout.token_ids) for rollout in done.values())
         finally:
             if left := [name for name, key in names.items() if key not in done]:
                 self.engine.abort_request(left)
@@ -212,11 +228,14 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
     set_num_threads = torch.set_num_threads
     from vllm import LLM
 
-    from fastlatent.vllm_plugin import register
+    from fastlatent.vllm_plugin import cpu_norm, register
 
     register()
-    options = ({"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB)} if is_cpu else
-               {"gpu_memory_utilization": config.gpu_memory_share, "enable_sleep_mode": config.sleep})
+    if is_cpu:
+        cpu_norm.register()
+        options = {"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB), "ir_op_priority": cpu_norm.PRIORITY}
+    else:
+        options = {"gpu_memory_utilization": config.gpu_memory_share, "enable_sleep_mode": config.sleep}
     if runner == "v1":
         options |= {"enable_prompt_embeds": True, "worker_cls": "fastlatent.vllm_plugin.runner_v1.LatentWorker"}
     if config.num_kv_blocks:
@@ -228,12 +247,13 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
                 model=folder, skip_tokenizer_init=True, load_format="dummy", dtype=str(parts.dtype).removeprefix("torch."),
                 hf_overrides={"architectures": [PREFIX + FAMILIES[parts.model.model_type]]}, seed=0,
                 max_model_len=parts.max_prompt_tokens + parts.span.longest(parts.max_new_tokens), max_num_seqs=config.max_batch,
-                max_num_batched_tokens=config.max_batch_tokens, block_size=config.block_size,
+                max_num_batched_tokens=config.max_batch_tokens or max(1024 if is_cpu else 4096, config.max_batch),
+                block_size=config.block_size,
                 enforce_eager=is_cpu or config.eager, enable_prefix_caching=config.prefix_caching, **options)
     except (ValueError, RuntimeError) as error:  # what vLLM raises for a wrong option and for too little memory
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"engine: vllm did not start: {cause} (memory: engine.kv_cache_gib, engine.gpu_memory_share; batch: "
-                        "engine.max_batch, engine.max_batch_tokens)") from error
+                        "engine.max_batch, engine.max_batch_tokens), or use engine.name=hf") from error
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
     return llm.llm_engine

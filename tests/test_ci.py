@@ -50,7 +50,9 @@ def ci(checkout: Path, *, tests: int = 0, train: int = 0, rewards=LEARNS, closin
     (checkout / "Makefile").write_text(MAKEFILE.format(tests=tests, train=train, closing=closing))
     (checkout / "rewards.jsonl").write_text("".join(
         json.dumps({"step": step, "reward": reward}) + "\n" for step, reward in enumerate(rewards, start=1)))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    # not those of a make that runs these tests: it would tell of folders it enters
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.run(["bash", ".ci/run"], cwd=checkout, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
                           text=True, timeout=200)
 

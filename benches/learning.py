@@ -35,7 +35,7 @@ FIRST, LAST = 3, 5
 
 UNTOLD = ("recipe", "seed", "num_steps", "out", "resume", "model.path", "data.train", "data.held_out", "engine", "log",
           "checkpoint", "profile")
-"""Options that are told elsewhere in a line, or teach nothing."""
+"""Options that are told elsewhere in a line, or teach nothing; which engine drew is told."""
 
 
 def result(folder: Path) -> Result:
@@ -112,7 +112,8 @@ def _changes(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     except UserError:
         return
     for path, value in _flat(config):
-        if path.partition(".")[0] not in UNTOLD and path not in UNTOLD and value != recipe.get(path):
+        is_told = path == "engine.name" or not {path, path.partition(".")[0]} & set(UNTOLD)
+        if is_told and value != recipe.get(path):
             yield path, value
 
 

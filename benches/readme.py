@@ -69,8 +69,8 @@ def is_kernel_shown(row: Row) -> bool:
 
 
 def is_recipe_as_it_is(row: Row) -> bool:
-    """Not a run that was given other options than its recipe's."""
-    return not row["facts"].get("changes")
+    """Not a run that was given other options than its recipe's, but for the engine that drew."""
+    return not (row["facts"].get("changes") or {}).keys() - {"engine.name"}
 
 
 class Table(NamedTuple):

@@ -12,6 +12,9 @@ from statistics import fmean
 WINDOW = 5
 """Steps in each of the two means."""
 
+LEAST_ENDINGS = 0.1
+"""Share of own endings below which a fall means nothing: a completion or two of a step."""
+
 WATCHED = {"latent/frac_tokens": "latent share", "latent/norm_ratio": "norm ratio", "latent/exit_end": "own endings"}
 """What the alarms listen to, and what their last line calls it."""
 
@@ -59,7 +62,7 @@ class CollapseAlarm:
             out["norm"] = (f"latent inputs went from {first:.2f} to {last:.2f} times a token's norm, away from what the model "
                            "can read; look at latent/effective_k or at the gate, and lower the learning rate")
         first, last = self._means("latent/exit_end")
-        if first and last <= first / 3:
+        if first >= LEAST_ENDINGS and last <= first / 3:
             out["exit"] = (f"the share of completions that end their thinking themselves fell from {first:.2f} to {last:.2f}: "
                            "they are cut or forced instead; give them more tokens, or reward the ending")
         return out

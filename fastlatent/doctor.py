@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import torch
 from fastlatent_kernels.overview import Choice, choices
+from transformers import LlamaConfig
 
 from fastlatent import build, manifest
 from fastlatent.cli import Parser, run_command
 from fastlatent.errors import UserError
 from fastlatent.models.smollm2 import SMOLLM2, cache_dir, find_damage
 from fastlatent.policy import compute_dtype
+from fastlatent.rollout.auto import AutoEngine
 from fastlatent.schema import Config
 from fastlatent.vllm_plugin import surface
 
@@ -74,10 +76,13 @@ def _model() -> Rows:
     reason = "the GPU's own" if device.type == "cuda" else f"this CPU {has} instructions for bfloat16"
     folder = cache_dir() / SMOLLM2.name
     damage = find_damage(folder, SMOLLM2)
+    # SmolLM2, which need not be in the cache, is a Llama
+    engine, why = AutoEngine.choose(AutoEngine.Config(), LlamaConfig(), device)
     state = {None: f"in {folder}", "": f"not fetched yet: {SMOLLM2.size_mb} MB at its first use, or with python -m fastlatent.models"}
     return [
         ("model.device=auto", str(device)),
         ("model.dtype=auto", f"{str(dtype).removeprefix('torch.')}: {reason}"),
+        ("engine.name=auto", f"{engine.name}: {why}"),
         (SMOLLM2.name, state.get(damage, f"{folder} is not whole ({damage}); its next use fetches it again")),
     ]
 

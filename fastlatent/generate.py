@@ -10,14 +10,20 @@ from fastlatent.data.base import Example
 from fastlatent.data.chat import encode_prompt
 from fastlatent.errors import UserError
 from fastlatent.evaluation import EVAL_STEP
-from fastlatent.trained import Trained, add_arguments, add_engine, open_run
+from fastlatent.schema import ChatConfig
+from fastlatent.trained import Trained, add_arguments, add_engine, open_run, run_config
 from fastlatent.types import Prompt, Request, Rollout
+
+
+def prompt_of(question: str, tokenizer, chat: ChatConfig) -> Prompt:
+    """The question as the run's chat settings put it; UserError where it is too long for them."""
+    text, token_ids = encode_prompt(tokenizer, Example(0, question, "", source="question"), chat)
+    return Prompt(0, text, tuple(token_ids), "")
 
 
 def draw(trained: Trained, question: str, *, num_samples: int = 1, greedy: bool = True) -> list[tuple[Rollout, str]]:
     """Completions of one question with the method's own decoding, each with its text."""
-    text, token_ids = encode_prompt(trained.tokenizer, Example(0, question, "", {}), trained.config.chat)
-    prompt = Prompt(0, text, tuple(token_ids), "")
+    prompt = prompt_of(question, trained.tokenizer, trained.config.chat)
     engine = trained.engine()
     rollouts = engine.generate([Request(prompt, EVAL_STEP, i) for i in range(num_samples)],
                                build.sampling_of(trained.config, greedy=greedy))
@@ -45,6 +51,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.samples < 0:
         raise UserError(f"--samples: wanted 0 or more, got {args.samples}")
+    config = run_config(args.run, args.device, args.engine)
+    prompt_of(args.question, build.tokenizer(config), config.chat)  # what it refuses is known before weights are loaded
     trained = open_run(args.run, args.checkpoint, args.device, args.engine)
     drawn = draw(trained, args.question, num_samples=args.samples or 1, greedy=not args.samples)
     print("\n\n".join(describe(trained, *row) for row in drawn))

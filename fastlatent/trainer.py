@@ -25,12 +25,12 @@ from fastlatent.config import to_dict
 from fastlatent.errors import UserError
 from fastlatent.evaluation import Sample
 from fastlatent.guard import Guard
+from fastlatent.held_out import HeldOut, Measured
 from fastlatent.inputs import Inputs
 from fastlatent.interrupt import Interrupted, Interrupts
 from fastlatent.live import LiveView
 from fastlatent.microbatch import OutOfMemory
 from fastlatent.optim import Optimizer
-from fastlatent.packing import Item, microbatches, pack
 from fastlatent.profiling import reset_timings, span, timings
 from fastlatent.report import write_report
 from fastlatent.rewards.pool import RewardPool
@@ -66,7 +66,7 @@ class Trainer:
         self.tokenizer, self.warnings = self.inputs.tokenizer, self.inputs.warnings
         self.trackers = open_trackers(config.log.trackers)
         self._check_prompts()
-        self.held_out = self.inputs.held_out()
+        held_out = self.inputs.held_out()
         with ExitStack() as opened:
             self.pool = opened.enter_context(RewardPool(config.rewards, columns=self.inputs.columns()))
             self.run_folder = RunFolder.open(
@@ -79,14 +79,11 @@ class Trainer:
             opened.callback(self.engine.close)
             self.optimizer = Optimizer(self.policy, config)
             self.update = Updater(self.policy, self.optimizer, config)
-            has_latents = bool(self.engine.method.record_spec(self.policy.base.config.hidden_size, build.sampling_of(config)))
-            self.is_ablated = config.eval.ablations and has_latents
-            self.is_start_ablated = self.is_ablated and config.sft is None  # what SFT starts from has no latents to take away
-            self.last_greedy: list[Sample] = []
+            self.held_out = HeldOut(config, held_out, self.policy, self.engine, self.tokenizer, self.pool)
             self.told: list[str] = []
             self.alarm = CollapseAlarm()
             self.guard = Guard(self.run_folder.path, config.update.max_bad_steps)
-            self.step, self.evaluated_step, self.best_accuracy, self.best_step = 0, -1, -1.0, None
+            self.step = 0
             if self.run_folder.resumed is not None:
                 self._restore(self.run_folder.resumed)
                 self.run_folder.resumed = None  # as large as the model and its optimizer
@@ -235,39 +232,23 @@ class Trainer:
     # ---- evaluation ----------------------------------------------------------------------------------------------------
 
     def _evaluate(self, view: LiveView, interrupts: Interrupts) -> None:
-        if not self._is_evaluation_due() or self.evaluated_step == self.step:
+        if not self.held_out.is_due(self.step):
             return
         with span("evaluate"):
-            metrics = self._held_out_metrics()
-            ablations = self._ablations() if self.step == 0 and self.is_start_ablated else {}
-        metrics |= step_metrics.of_ablations(self.step, ablations)
-        metrics["time/evaluate"] = timings()["evaluate"]
+            self._sync_weights()
+            measured = self.held_out.measure(self.step)
+        measured.metrics["time/evaluate"] = timings()["evaluate"]
         reset_timings()
         with interrupts.shielded():
-            self.run_folder.log(metrics, [])
-            self.trackers.log(metrics, self.step)
-            view.note(step_metrics.evaluation_line(metrics))
-            for line in step_metrics.ablation_lines(ablations, {}):
-                view.note(f"step 0: {line}")
-            self.evaluated_step = self.step
-            if self.step and metrics["eval/accuracy"] > self.best_accuracy:
-                self.best_accuracy, self.best_step = metrics["eval/accuracy"], self.step
+            self._log_measured(measured, view)
+            if self.held_out.remember(self.step, measured.metrics["eval/accuracy"]):
                 self._save()
 
-    def _is_evaluation_due(self) -> bool:
-        every = self.config.eval.every
-        return every > 0 and (self.step % every == 0 or self.step == self.config.num_steps)
-
-    def _held_out_metrics(self) -> dict[str, float]:
-        greedy = self.last_greedy = self._draw_held_out(greedy=True, num_samples=1)
-        sampled = self._draw_held_out(greedy=False, num_samples=n) if (n := self.config.eval.num_samples) else []
-        return step_metrics.of_evaluation(self.step, greedy, sampled)
-
-    def _draw_held_out(self, *, greedy: bool, num_samples: int) -> list[Sample]:
-        self._sync_weights()
-        return evaluation.evaluate(
-            self.engine, self.held_out, build.sampling_of(self.config, greedy=greedy), num_samples, self.tokenizer, self.pool,
-            self.config.thinking.end)
+    def _log_measured(self, measured: Measured, view: LiveView) -> None:
+        self.run_folder.log(measured.metrics, [])
+        self.trackers.log(measured.metrics, self.step)
+        for line in measured.lines:
+            view.note(line)
 
     # ---- weights and checkpoints ---------------------------------------------------------------------------------------
 
@@ -280,52 +261,29 @@ class Trainer:
     def _save(self) -> None:
         with span("checkpoint"):
             tensors, state = self.optimizer.state()
-            state |= {"best_accuracy": self.best_accuracy, "best_step": self.best_step, "guard": self.guard.state(),
-                      "evaluated_step": self.evaluated_step}
+            state |= self.held_out.state() | {"guard": self.guard.state()}
             weights = {name: p.detach() for name, p in self.policy.trainable().items()}
             self.run_folder.save(self.step, {"weights": weights, "optimizer": tensors}, state,
-                                 protect=[] if self.best_step is None else [self.best_step])
+                                 protect=[] if self.held_out.best_step is None else [self.held_out.best_step])
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step
         self.policy.restore(checkpoint)
         self.optimizer.load(checkpoint.tensors["optimizer"], checkpoint.state)
-        self.best_accuracy, self.best_step = checkpoint.state["best_accuracy"], checkpoint.state["best_step"]
-        self.evaluated_step = checkpoint.state["evaluated_step"]
+        self.held_out.load(checkpoint.state)
         self.guard.load(checkpoint.state["guard"])
         for row in log.read(self.run_folder.path / "metrics.jsonl"):
             self.alarm.step(row)
 
     def _finish(self, view: LiveView) -> None:
         self._save()
-        if self.is_ablated:
-            samples = self._ablations()
-            metrics = step_metrics.of_ablations(self.step, samples) | self._latent_statistics(samples["on"])
-            self.run_folder.log(metrics, [])
-            self.trackers.log(metrics, self.step)
-            for line in step_metrics.ablation_lines(samples, metrics):
-                view.note(line)
+        if self.held_out.is_ablated:
+            self._sync_weights()
+            self._log_measured(self.held_out.ablate(self.step), view)
         if (line := self.alarm.summary()) is not None:
             view.note(line)
         write_report(self.run_folder.path)
         view.note(f"done: {self.run_folder.path} (report.html, metrics.jsonl, samples.jsonl, checkpoints)")
-
-    def _ablations(self) -> dict[str, list[Sample]]:
-        """Greedy held-out samples with latents as trained, off, and shuffled among rows."""
-        out = {"on": self.last_greedy or self._draw_held_out(greedy=True, num_samples=1)}
-        for how in ("off", "shuffled"):
-            with evaluation.ablated(self.engine, how):
-                out[how] = self._draw_held_out(greedy=True, num_samples=1)
-        return out
-
-    def _latent_statistics(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """The method's latent/* statistics over held-out completions, under the final weights."""
-        items = [Item(s.rollout, 0.0, 0.0) for s in samples]
-        result = UpdateResult()
-        for chunk in microbatches(items, self.config.update.tokens_per_microbatch, share_prompts=False):
-            batch = pack(chunk, self.policy.device)
-            result.add_statistics(self.policy.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
-        return step_metrics.of_statistics(result.statistics)
 
     def close(self) -> None:
         self._opened.close()

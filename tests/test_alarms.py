@@ -44,6 +44,7 @@ def test_what_a_method_does_not_log_sounds_nothing():
     assert heard(rows) == []
     never = [{"latent/frac_tokens": 0.5, "latent/exit_end": 0.0}] * 20
     assert heard(never) == []
+    assert heard([row(end=0.02)] * 8 + [row(end=0.0)] * 8) == []  # one completion of the first steps
 
 
 # ---- the last line --------------------------------------------------------------------------------------------------

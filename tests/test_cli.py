@@ -211,6 +211,7 @@ USE = [
     (export.main, ["nowhere", "used"], "used: exists already; wanted a new folder"),
     (export.main, ["nowhere", "exported", "--dtype=int8"], "--dtype: invalid choice: 'int8'"),
     (generate.main, ["run", "2 + 2?"], "run: has no finished checkpoint"),
+    (generate.main, ["run", "ab " * 99], "question: the prompt has "),
     (generate.main, ["run", "2 + 2?", "--device=tpu"], "model.device: 'tpu' is not one of auto, cpu, cuda"),
     (evaluate.main, ["run"], "--data: the run has no held-out data of its own"),
     (evaluate.main, ["run", "--data", "rows.jsonl"], "run: has no finished checkpoint"),

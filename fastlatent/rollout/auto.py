@@ -37,4 +37,4 @@ class AutoEngine:
         vllm = VLLMEngine.Config(max_batch=config.max_batch)
         if refusal := VLLMEngine.refusal(vllm, model, device):
             return HFEngine.Config(max_batch=config.max_batch), refusal
-        return vllm, f"{' '.join(surface.installed())} runs this model on {device.type}"
+        return vllm, f"{' '.join(surface.installed())} runs {model.model_type} models on {device.type}"

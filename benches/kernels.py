@@ -1,7 +1,7 @@
 """Every op beside its eager and compiled reference and other libraries' kernels: time, traffic, arithmetic, memory.
 
     python -m benches.kernels [--op OP] [--backend NAME] [--model qwen2.5-1.5b] [--device cuda] [--csv] [--quick]
-                              [--headlines] [--no-compile]
+                              [--headlines] [--rows N] [--no-compile]
     python -m benches.kernels --ncu OP     one launch for Nsight Compute
 
 Forward, backward and both, at the shapes of the op's `cases.py`: 20th, 50th and 80th percentile of 50 rounds (on a CPU
@@ -34,6 +34,8 @@ def parsed(argv: list[str]) -> Namespace:
     where.add_argument("--model", choices=MODELS, help="its width and vocabulary in every shape")
     where.add_argument("--quick", action="store_true", help="a test's shape, 2 rounds; kept only with --out")
     parser.add_argument("--headlines", action="store_true", help="the last shape of each op only")
+    parser.add_argument("--rows", type=int, metavar="N",
+                        help="leave out shapes of more rows: on a CPU an eager reference of 32768 takes minutes")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled reference: compiling it takes longest")
     parser.add_argument("--backend", metavar="NAME", help="the one of ours to measure (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +64,8 @@ def parsed(argv: list[str]) -> Namespace:
         raise UserError("--ncu: Nsight Compute profiles CUDA kernels, and this would run on the CPU")
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads: wanted 1 or more, got {args.threads}")
+    if args.rows is not None and args.rows < 1:
+        raise UserError(f"--rows: wanted 1 or more, got {args.rows}")
     if not args.seconds > 0:
         raise UserError(f"--seconds: wanted a number above 0, got {args.seconds:g}")
     return args

@@ -37,15 +37,16 @@ class Bench:
     def shapes(self, op: Op) -> list[dict[str, Any]]:
         """Those to measure of an op; one that a CPU would take too long for is noted and left out."""
         fitting = []
-        shapes = kernels_cases.shapes(op, self.args.model, self.args.quick)
-        for shape in shapes[-1:] if self.args.headlines else shapes:
+        for shape in kernels_cases.shapes(op, self.args.model, self.args.quick):
+            if self.args.rows is not None and kernels_cases.rows(shape) > self.args.rows:
+                continue
             least_s = MIN_ROUNDS * kernels_cases.floor_s(op, shape, self.dtype, self.limits)
             if self.device == "cuda" or least_s <= self.args.seconds:
                 fitting.append(shape)
             else:
                 self.report.heading(self._name(op, shape))
                 self.report.note("all", f"n/a: {MIN_ROUNDS} forward passes at this CPU's roofline take {least_s:.0f} s")
-        return fitting
+        return fitting[-1:] if self.args.headlines else fitting
 
     def run(self, op: Op, shape: dict[str, Any], is_last: bool) -> list[Result]:
         """The lines of one shape of an op. Of the last one those of its widest direction are headlines."""

@@ -94,6 +94,11 @@ def shapes(op: Op, model: str | None, quick: bool) -> list[dict[str, Any]]:
     return [shape for i, shape in enumerate(found) if shape not in found[:i]]
 
 
+def rows(shape: Mapping[str, Any]) -> int:
+    """Of its sizes the first: tokens, rows of a decode step, or groups."""
+    return next(iter(shape.values()))
+
+
 def make(op: Op, shape: dict[str, Any], dtype: torch.dtype, device: str) -> Case:
     """Inputs on the device, those that the reference gives a gradient to as leaves, and cotangents for its outputs."""
     inputs = module(op).make_inputs(shape, dtype=dtype, device=device)

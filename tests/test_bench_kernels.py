@@ -70,13 +70,22 @@ def test_a_shape_beyond_a_cpu_is_noted_and_never_made(monkeypatch, capsys):
     assert "T=32768 D=1536 bfloat16\n" in printed and f"take {5 * moved / 1e6:.0f} s" in printed
 
 
+def test_a_headline_is_the_last_shape_of_as_many_rows_as_wanted(monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernels_bench, "ceilings", lambda *_: Ceilings(1e12, 1e15, "fast"))
+    monkeypatch.setattr(kernels_bench.Bench, "run", lambda bench, op, shape, is_last: seen.append((shape, is_last)) or [])
+    kernels.main(["--device", "cpu", "--op", "hrpo_gate", "--headlines", "--rows", "4096"])
+    assert seen == [({"T": 4096, "D": 1536}, True)]
+
+
 @pytest.mark.parametrize(("words", "complaint"), [
     (["--op", "nope"], "--op: 'nope' is not one of clipped_surrogate"),
     (["--backend", "nope"], "--backend: 'nope' is not one of"),
     (["--ncu", "hrpo_gate", "--device", "cpu"], "--ncu: Nsight Compute profiles CUDA kernels"),
     (["--ncu", "nope", "--device", "cpu"], "--ncu: 'nope' is not one of"),
     (["--model", "gpt-5"], "invalid choice"), (["--quick", "--model", "qwen2.5-1.5b"], "not allowed with"),
-    (["--threads", "0"], "--threads: wanted 1 or more"), (["--seconds", "0"], "--seconds: wanted a number above 0")])
+    (["--threads", "0"], "--threads: wanted 1 or more"), (["--seconds", "0"], "--seconds: wanted a number above 0"),
+    (["--rows", "0"], "--rows: wanted 1 or more")])
 def test_bad_input_is_refused_in_a_sentence(words, complaint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=complaint) as caught:

@@ -25,8 +25,11 @@ template <int rows, int groups, Panel use>
 static void add_columns(const BFloat16* p, const BFloat16* embed, int64_t embed_width, int64_t size, __mmask32 mask,
                         float* sum, int64_t stride, BFloat16* panel, Ahead& ahead) {
   Ahead next = ahead;  // in registers
+  // unrolled before GCC decides what stays in registers: in some cases it else stores every sum in every step
   __m512 s[rows][2 * groups];
+#pragma GCC unroll 4
   for (int r = 0; r < rows; r++)
+#pragma GCC unroll 6
     for (int g = 0; g < 2 * groups; g++) s[r][g] = _mm512_loadu_ps(sum + r * stride + g * 16);
   for (int64_t v = 0; v < size; v += 2, panel += 2 * groups * kPairs) {
     next.step();
@@ -55,7 +58,9 @@ static void add_columns(const BFloat16* p, const BFloat16* embed, int64_t embed_
     }
   }
   ahead = next;
+#pragma GCC unroll 4
   for (int r = 0; r < rows; r++)
+#pragma GCC unroll 6
     for (int g = 0; g < 2 * groups; g++) _mm512_storeu_ps(sum + r * stride + g * 16, s[r][g]);
 }
 

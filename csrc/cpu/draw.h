@@ -44,5 +44,12 @@ static int64_t draw_in_tile(const T* logits, int64_t begin, int64_t size, float 
   return place;
 }
 
+// The draw that is greedy.
+static inline int64_t likeliest(const float* logits, int64_t size) {
+  int64_t place = 0;
+  for (int64_t i = 1; i < size; i++) place = logits[i] > logits[place] ? i : place;
+  return place;
+}
+
 }  // namespace FASTLATENT_ISA
 }  // namespace fastlatent

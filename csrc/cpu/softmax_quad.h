@@ -49,5 +49,9 @@ static inline floats relative(floats logit, floats largest, float inv_temperatur
   return logit == splat(-kInfinity) ? floats{} : exp_negative((logit - largest) * inv_temperature);
 }
 
+static inline float relative(float logit, float largest, float inv_temperature) {
+  return logit == -kInfinity ? 0.0f : expf((logit - largest) * inv_temperature);
+}
+
 }  // namespace FASTLATENT_ISA
 }  // namespace fastlatent

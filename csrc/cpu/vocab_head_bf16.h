@@ -41,8 +41,9 @@ struct OneStream {
     pack_quad((const BFloat16*)args.hidden + b * args.width, min(kQuadRows, args.rows - b), args.width, hidden(quad));
   }
 
-  // The tiles of one split for one group of rows.
-  void run(int64_t split, int64_t group) const {
+  // The tiles of one split for one group of rows. `next_split` is likely this thread's next: its first
+  // weights are fetched.
+  void run(int64_t split, int64_t group, int64_t next_split) const {
     const int64_t begin = group * kGroupRows, rows = min(kGroupRows, args.rows - begin);
     const int64_t quads = (rows + kQuadRows - 1) / kQuadRows, blocks = (quads + kBlockQuads - 1) / kBlockQuads;
     float* part = args.part + (split * args.rows + begin) * stride;
@@ -57,7 +58,8 @@ struct OneStream {
       // each product fetches what the next one reads; a tied mixture finds its weights in the cache
       const int64_t dots = dot_steps(blocks, size), mixes = quads * (size / 2) * num_panels(args.embed_width) + 1;
       const int64_t weight_steps = has_own_embed ? mixes : is_tied ? dots + mixes : dots;
-      Ahead next_weight = ahead(weight(tile + 1), tile + 1, args.width, weight_steps);
+      const int64_t next_tile = tile + 1 < end ? tile + 1 : next_split * tiles_per_split;
+      Ahead next_weight = ahead(weight(next_tile), next_tile, args.width, weight_steps);
       Ahead next_embed = has_own_embed ? ahead(embed(tile), tile, args.embed_width, dots) : Ahead();
       for (int64_t q = 0; q < quads; q += kBlockQuads) {
         const int64_t some = min(kBlockQuads, quads - q);
@@ -97,23 +99,18 @@ struct OneStream {
     for (int64_t r = 0; r < rows; r++) softmax(b + r).set_tile(tile, sums.row(r));
     if (!args.embed) return;
     const floats before = *largest, now = larger(sums.largest, before);
-    const floats shrink = FASTLATENT_ISA::relative(before, now, args.inv_temperature);
+    const floats shrink = relative(before, now, args.inv_temperature);
     *largest = now;
     for (int64_t r = 0; r < rows; r++) {
       if (now[4 * r] == before[4 * r]) continue;
       float* row = part + r * stride;
       for (int64_t i = 0; i < stride; i += kLanes) store(row + i, load(row + i) * shrink[4 * r]);
     }
-    const floats factor = FASTLATENT_ISA::relative(sums.largest, now, args.inv_temperature);
+    const floats factor = relative(sums.largest, now, args.inv_temperature);
     for (int i = 0; i < kQuadTile; i += kLanes) {
       const __m256bh rounded = _mm512_cvtneps_pbh((__m512)(load(logits + i) * factor));
       __builtin_memcpy(p + i, &rounded, sizeof rounded);
     }
-  }
-
-  // exp of the difference of two logits, 0 for -inf
-  float relative(float logit, float largest) const {
-    return logit == -kInfinity ? 0.0f : expf((logit - largest) * args.inv_temperature);
   }
 
   // Of a row's softmax what is left to use once its tile is drawn.
@@ -159,17 +156,11 @@ struct OneStream {
     }
   }
 
-  static int64_t likeliest(const float* logits, int64_t size) {
-    int64_t place = 0;
-    for (int64_t i = 1; i < size; i++) place = logits[i] > logits[place] ? i : place;
-    return place;
-  }
-
   void mix(int64_t b, const Drawn& drawn) const {
     const float inv_norm = 1.0f / sqrtf(drawn.total_squares);
     float factor[VocabHeadBf16::kMostSplits];
     for (int64_t split = 0; split < splits; split++)
-      factor[split] = relative(args.largest[split * args.rows + b], drawn.largest);
+      factor[split] = relative(args.largest[split * args.rows + b], drawn.largest, args.inv_temperature);
     BFloat16* out = (BFloat16*)args.mixture + b * args.embed_width;
     for (int64_t i = 0; i < args.embed_width; i += kPairs) {
       floats low = {}, high = {};
@@ -196,7 +187,7 @@ void vocab_head_bf16(const VocabHeadBf16& args) {
 #pragma omp parallel for schedule(dynamic) num_threads(args.threads)
 #endif
   for (int64_t task = 0; task < stream.splits * stream.groups; task++)
-    stream.run(task / stream.groups, task % stream.groups);
+    stream.run(task / stream.groups, task % stream.groups, (task + args.threads) / stream.groups);
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(args.threads)
 #endif

@@ -3,7 +3,10 @@
 On a processor it does not take, `native` is the other path, which test_ops.py and test_sampling.py hold to its contract.
 """
 
+import ctypes
 import math
+import mmap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -82,6 +85,18 @@ def test_a_row_has_the_same_bits_in_any_company_and_on_any_number_of_threads():
         torch.set_num_threads(1)
 
 
+def test_threads_do_not_disturb_each_other():
+    """Each keeps its scratch from call to call."""
+    if not HAS_KERNEL:
+        return
+    inputs = [inputs_of(B, 64, 3000, 64, seed=B) for B in (3, 9)]
+    want = [vocab_head(**i, backend="native") for i in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        outs = list(pool.map(lambda turn: vocab_head(**inputs[turn % 2], backend="native"), range(200)))
+    for turn, out in enumerate(outs):
+        assert all(torch.equal(a, b) for a, b in zip(out, want[turn % 2], strict=True))
+
+
 def test_a_row_whose_largest_logits_come_last_forgets_nothing():
     """Each tile outweighs all before it by e^40, so that every split's sums are brought down again and again."""
     if not HAS_KERNEL:
@@ -97,6 +112,28 @@ def test_a_row_whose_largest_logits_come_last_forgets_nothing():
     torch.testing.assert_close(out.logprob_B, logprob_B.float(), rtol=0, atol=1e-3)  # of logits near 1,500
     torch.testing.assert_close(out.entropy_B, entropy_B.float(), rtol=0, atol=1e-3)
     torch.testing.assert_close(out.mixture_BD.double(), mixture_BE, rtol=2**-8, atol=2**-9 * mixture_BE.abs().max().item())
+
+
+def before_a_forbidden_page(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy whose next byte may not be read: who does ends the process."""
+    size = tensor.numel() * tensor.element_size()
+    allowed = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, allowed + mmap.PAGESIZE)
+    forbidden = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + allowed
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(forbidden), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=allowed - size)
+    return copy.view(tensor.shape).copy_(tensor)
+
+
+# widths and columns that end within a chunk and a group, after whole ones and not; odd vocabularies, whose last id has no pair
+@pytest.mark.parametrize(("B", "D", "V", "E"), [(1, 9, 129, 1), (3, 31, 127, 33), (6, 8, 1, 70), (18, 33, 385, 127)])
+def test_it_reads_nothing_past_the_end_of_a_matrix(B, D, V, E):
+    if not HAS_KERNEL:
+        return
+    inputs = inputs_of(B, D, V, E)
+    guarded = inputs | {name: before_a_forbidden_page(inputs[name]) for name in ("hidden_BD", "weight_VD", "embed_VD")}
+    out, want = vocab_head(**guarded, backend="native"), vocab_head(**inputs, backend="native")
+    assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
 
 
 def test_what_it_does_not_take_goes_the_other_way():

@@ -6,6 +6,8 @@ and on however many threads.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,27 @@ def takes(hidden_BD: Tensor, weight_VD: Tensor, embed_VD: Tensor | None) -> bool
             and all(t.dtype == torch.bfloat16 and not t.is_mkldnn and t.is_contiguous() for t in tables))
 
 
+class _Scratch(threading.local):
+    """Memory that a thread keeps from call to call: fresh pages of the system would take up to a tenth of a call."""
+
+    MOST_KEPT = 2**22  # floats, 16 MiB of each name
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, size: int) -> Tensor:
+        """At least `size` floats of anything."""
+        if name in self.kept and self.kept[name].numel() >= size:
+            return self.kept[name]
+        taken = torch.empty(size, dtype=torch.float32, device="cpu")
+        if size <= self.MOST_KEPT:
+            self.kept[name] = taken
+        return taken
+
+
+_SCRATCH = _Scratch()
+
+
 def run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD) -> VocabHead:
     *row_numbers, mixture_BD = torch.ops.fastlatent.vocab_head_bf16(
         hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD)
@@ -41,11 +64,11 @@ def _run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
     hidden_BD, counter_B3 = hidden_BD.contiguous(), counter_B3.contiguous()
     (num_rows, width), vocab_size, embed_width = hidden_BD.shape, weight_VD.shape[0], mixture_BD.shape[1]
     num_splits = _C.VocabHeadBf16.splits(vocab_size)
-    scratch = {"sums": (num_rows, 4, -(-vocab_size // TILE_SIZE)), "largest": (num_splits, num_rows),
-               "part": (num_splits, num_rows, -(-embed_width // 32) * 32)}
-    fields = {name: torch.empty(shape, dtype=torch.float32) for name, shape in scratch.items()}
-    # rows by fours, eight numbers of each side by side
-    fields["hidden_quads"] = hidden_BD.new_empty(_C.VocabHeadBf16.quads(num_rows), -(-width // 8), 4, 8)
+    scratch = {"sums": num_rows * 4 * -(-vocab_size // TILE_SIZE), "largest": num_splits * num_rows,
+               "part": num_splits * num_rows * (-(-embed_width // 32) * 32),
+               # rows by fours, eight bfloat16 numbers of each side by side
+               "hidden_quads": _C.VocabHeadBf16.quads(num_rows) * -(-width // 8) * 16}
+    fields = {name: _SCRATCH.take(name, size) for name, size in scratch.items()}
     fields |= {"hidden": hidden_BD, "weight": weight_VD, "seed": seed, "counter": counter_B3, "greedy": greedy,
                "rows": num_rows, "vocab": vocab_size, "width": width, "embed_width": embed_width,
                "inv_temperature": 1.0 / temperature, "token": token_B, "logprob": logprob_B, "entropy": entropy_B,

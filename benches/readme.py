@@ -57,7 +57,8 @@ def micros(name: str) -> Cell:
     """Median, 20th and 80th percentile of seconds, in microseconds."""
 
     def cell(row: Row) -> str:
-        middle, low, high = (f"{1e6 * value:.4g}" for value in (row["metrics"][name], *row["spread"][name]))
+        seconds = row["metrics"][name], *row["spread"][name]
+        middle, low, high = (f"{1e6 * s:,.0f}" if s >= 1e-3 else f"{1e6 * s:.4g}" for s in seconds)
         return f"{middle} ({low} to {high})"
 
     return cell

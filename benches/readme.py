@@ -23,6 +23,9 @@ README = Path(__file__).parents[1] / "README.md"
 MEASURED = "<!-- measured: from benches/baselines by python -m benches.readme -->", "<!-- /measured -->"
 GPU = "<!-- gpu: from benches/gpu_status.jsonl by python -m benches.readme -->", "<!-- /gpu -->"
 
+LONG = 16
+"""Rows of a table beyond which it is folded."""
+
 Row = Mapping[str, Any]
 Cell = Callable[[Row], str]
 
@@ -129,7 +132,11 @@ def generated(lines: Iterable[Row]) -> str:
             blocks.append(f"{table.title}.")
         # one table for each set of conditions
         for where, group in groupby(sorted(rows, key=lambda row: (conditions(row), table.order(row))), key=conditions):
-            blocks.append(_table(table.columns, list(group)) + f"\n\n<sub>{where}</sub>")
+            shown = list(group)
+            text = _table(table.columns, shown)
+            if len(shown) > LONG:
+                text = f"<details><summary>{len(shown)} rows</summary>\n\n{text}\n\n</details>"
+            blocks.append(f"{text}\n\n<sub>{where}</sub>")
     return "\n\n".join(blocks) + "\n" if blocks else ""
 
 

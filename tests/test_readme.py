@@ -45,6 +45,13 @@ def test_a_table_has_the_numbers_of_its_line_and_what_they_were_measured_on():
     assert readme.generated([]) == ""
 
 
+def test_a_long_table_is_folded_whole():
+    lines = [LINE | {"case": f"{count} completions"} for count in range(17)]
+    text = readme.generated(lines)
+    assert text.count("<details><summary>17 rows</summary>\n\n| batch") == text.count("</details>") == 1
+    assert text.count(" completions | latent |") == 17 and "<details>" not in readme.generated(lines[:16])
+
+
 def test_the_newest_line_of_a_machine_counts():
     newer = LINE | {"metrics": {"wall_s": 7.0}, "spread": {"wall_s": [7.0, 7.0]}, "git": None, "time": "2026-11-21T10:00:00+00:00"}
     elsewhere = newer | {"hardware": {"cpu": "Other CPU", "cores": 64, "gpus": []}}

@@ -17,6 +17,7 @@ from benches.steps import Operators
 from fastlatent.config import load_config
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
+from fastlatent.profiling import reset_timings, timings, watch
 from fastlatent.rollout.vllm_engine import CPU_HEAD_SIZES, VLLMEngine
 from fastlatent.schema import AnswerConfig, ThinkingConfig
 from fastlatent.types import Rollout, Sampling
@@ -201,6 +202,31 @@ def test_what_it_plans_to_hold_is_what_it_holds():
     assert planned["record"] == engine.slots.size_bytes > 17 * 22 * 64 * 4  # a float32 mixture at each place of 16 slots and one
     assert 0 < planned["keys and values"] <= 0.05 * 2**30
     assert planned["weights"] >= sum(tensor.nbytes for _, tensor in policy().published())
+
+
+def test_reading_decoding_and_sampling_are_timed():
+    """With 40 requests for 16 slots: the first 16 prompts are read, in chunks, before decoding is said to begin."""
+    engine, open_now, seen = plain_engine(), [], []
+
+    class Watcher:
+        def entered(self, name):
+            open_now.append(name)
+            seen.append(tuple(open_now))
+
+        def left(self, name):
+            assert open_now.pop() == name
+
+    reset_timings()
+    watch(Watcher())
+    try:
+        engine.generate(requests(LENGTHS * 10, 1), SAMPLING)
+    finally:
+        watch(None)
+    prefill, decode, sample = phases = "rollout/prefill", "rollout/decode", "rollout/sample"
+    assert set(seen) == {(prefill,), (decode,), (prefill, sample), (decode, sample)}
+    assert seen.index((decode,)) > seen.index((prefill, sample)) and seen.count((prefill,)) == seen.count((decode,)) == 1
+    seconds = timings()
+    assert seconds.keys() == set(phases) and seconds[sample] < seconds[prefill] + seconds[decode]
 
 
 def test_no_hook_of_ours_waits_for_the_device():

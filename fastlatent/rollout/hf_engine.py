@@ -152,7 +152,7 @@ class HFEngine:
 
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         max_new = self.span.longest(sampling.max_new_tokens)
-        with span("rollout/prefill"):
+        with span("rollout/prefill", sum(map(len, {r.prompt.token_ids for r in requests}))):
             hidden_BD, cache, length_B = self._prefill(requests, max_new)
         B, device = len(requests), self.device
         spec = self.method.record_spec(hidden_BD.shape[1], sampling)

@@ -191,11 +191,23 @@ class VLLMEngine:
                     temperature=0.0, max_tokens=longest, stop_token_ids=[LAST],
                     ignore_eos=True, detokenize=False, extra_args={KEY: key})
                 self.engine.add_request(f"{key}", {"prompt_token_ids": list(request.prompt.token_ids)}, params)
+            started: set[str] = set()
+
+            def step() -> None:
+                outputs = self.engine.step()
+                started.update(out.request_id for out in outputs)
+                finished = [names[out.request_id] for out in outputs if out.finished]
+                if finished:
+                    done.update(zip(finished, self.slots.take(finished, self.version), strict=True))
+
+            # the prompts of as many as fit; those of others are read in the steps that decode
+            first = requests[: self.config.max_batch]
+            with span("rollout/prefill", sum(map(len, {r.prompt.token_ids for r in first}))):
+                while self.engine.has_unfinished_requests() and len(started) < len(first):
+                    step()
             with span("rollout/decode") as drawing:
                 while self.engine.has_unfinished_requests():
-                    finished = [names[out.request_id] for out in self.engine.step() if out.finished]
-                    if finished:
-                        done |= dict(zip(finished, self.slots.take(finished, self.version), strict=True))
+                    step()
                 drawing.tokens = sum(len(rollout.token_ids) for rollout in done.values())
         finally:
             if left := [name for name, key in names.items() if key not in done]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastlatent.profiling import span
 from fastlatent.rollout.slots import Slots
 
 KEY = "fastlatent"
@@ -40,4 +41,5 @@ class Seats:
     @torch.no_grad()
     def draw(self, hidden_BD: Tensor, slot_B: Tensor, time_B: Tensor) -> Tensor:
         """Names [B] of the tokens drawn from these hidden states."""
-        return self.slots.draw(hidden_BD, *self.head(), slot_B, time_B)
+        with span("rollout/sample"):
+            return self.slots.draw(hidden_BD, *self.head(), slot_B, time_B)

@@ -67,7 +67,7 @@ def test_a_line_keeps_the_slowest_shape(monkeypatch):
 
 def test_the_shapes_are_the_benchmark_s_with_so_many_rows():
     assert kernels_choice.shapes(OPS["vocab_head"], 8) == [
-        {"B": 8, "D": 576, "V": 49152, "mixture": 0}, {"B": 8, "D": 576, "V": 49152, "mixture": 1}]
+        {"B": 8, "D": 576, "V": 49152, "mixture": 0, "tied": 0}, {"B": 8, "D": 576, "V": 49152, "mixture": 1, "tied": 1}]
     assert kernels_choice.shapes(OPS["hrpo_gate_decode"], 1) == [{"B": 1, "D": 576, "V": 49152}]
 
 

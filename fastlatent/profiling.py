@@ -51,8 +51,7 @@ class span:  # noqa: N801 reads as a statement, like torch.no_grad
         if is_compiling():
             self._started = None
         elif _HAS_CUDA or _ranges is not None or _watcher is not None or torch_profiler._is_profiler_enabled:
-            is_capturing = _HAS_CUDA and torch.cuda.is_current_stream_capturing()
-            self._started = None if is_capturing else _Shown(self.name, self.tokens)
+            self._started = None if _is_capturing() else _Shown(self.name, self.tokens)
         else:
             self._started = perf_counter()
         return self
@@ -105,6 +104,11 @@ class _Shown:
                 _ranges.pop()
             if _watcher is not None:
                 _watcher.left(self.name)
+
+
+def _is_capturing() -> bool:
+    # a torch built with CUDA raises where it is asked for the current stream of a machine without a driver
+    return _HAS_CUDA and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _checked(name: str) -> str:

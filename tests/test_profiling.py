@@ -252,6 +252,19 @@ def test_inside_a_graph_capture_a_span_does_nothing(monkeypatch):
     assert timings() == {} and ranges.seen == []
 
 
+def test_a_torch_built_with_cuda_times_spans_where_there_is_no_gpu(monkeypatch):
+    """What `pip install torch` brings to a laptop: there `cudaGetDevice` fails, and so does all that asks for a stream."""
+    def refuse(*_):
+        raise RuntimeError("CUDA error: CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(profiling, "_HAS_CUDA", True)
+    for name in ("is_current_stream_capturing", "current_stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    with span("update"):
+        time.sleep(0.005)
+    assert 0.005 <= timings()["update"] < 1
+
+
 @pytest.mark.gpu
 def test_cuda_time_is_the_streams_and_capture_leaves_no_range():
     x = torch.ones(64, device="cuda")

@@ -1,9 +1,9 @@
 """Recordings read back as a Timeline: the Chrome trace of torch.profiler, and the sqlite export of Nsight Systems.
 
 The columns of the latter are those that Nsight's documentation lists (`nsys export --type sqlite`): NVTX_EVENTS with
-eventType 59 for a push/pop range and 34 for a mark, CUPTI_ACTIVITY_KIND_{KERNEL,MEMCPY,MEMSET} with the correlationId of
-the call in CUPTI_ACTIVITY_KIND_RUNTIME that asked for them, names in StringIds, nanoseconds throughout. It has only been
-run on files made in that form, never on an export of a real report.
+eventType 59 for a push/pop range and 34 for a mark, CUPTI_ACTIVITY_KIND_{KERNEL,MEMCPY,MEMSET,GRAPH_TRACE} with the
+correlationId of the call in CUPTI_ACTIVITY_KIND_RUNTIME that asked for them, names in StringIds, nanoseconds throughout. It
+has only been run on files made in that form, never on an export of a real report.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from fastlatent.timeline import Range, Timeline, Work
 DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 CALL = {"cuda_runtime", "cuda_driver"}
 MARK, PUSH_POP = 34, 59
-COPIES = {"CUPTI_ACTIVITY_KIND_MEMCPY": "memcpy", "CUPTI_ACTIVITY_KIND_MEMSET": "memset"}
+NAMELESS = {"CUPTI_ACTIVITY_KIND_MEMCPY": "memcpy", "CUPTI_ACTIVITY_KIND_MEMSET": "memset",
+            "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": "CUDA graph"}
+"""Work without a name of its own. A graph is a single piece of it, unless nsys was told --cuda-graph-trace=node."""
 THREAD_BITS = 24
 """A globalTid is a globalPid with the thread's number in its lowest bits."""
 
@@ -110,7 +112,7 @@ def _nvtx(database: sqlite3.Connection) -> tuple[list[tuple[int, Range]], list[t
 
 
 def _activities(database: sqlite3.Connection) -> Iterable[Work]:
-    for table in ("CUPTI_ACTIVITY_KIND_KERNEL", *COPIES):
+    for table in ("CUPTI_ACTIVITY_KIND_KERNEL", *NAMELESS):
         columns = _columns(database, table)
         if not columns:
             continue
@@ -118,8 +120,8 @@ def _activities(database: sqlite3.Connection) -> Iterable[Work]:
         process = "AND r.process = k.globalPid >> :bits" if "globalPid" in columns else ""
         named = "demangledName" if "demangledName" in columns else "shortName"
         name, names = "s.value", f"LEFT JOIN StringIds s ON s.id = k.{named}"
-        if table in COPIES:
-            name, names = f"'{COPIES[table]}'", ""
+        if table in NAMELESS:
+            name, names = f"'{NAMELESS[table]}'", ""
         for start, end, what, asked in database.execute(
                 f"""
                 SELECT k.start, k.end, {name}, r.start FROM {table} k {names} LEFT JOIN (

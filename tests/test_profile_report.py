@@ -120,6 +120,33 @@ def test_each_range_owns_what_was_asked_for_while_it_was_open(timeline):
     assert by_name["update"].tokens_per_s == pytest.approx(6000)
 
 
+def test_a_graph_that_nsys_recorded_whole_is_work_like_a_kernel(tmp_path):
+    """Without --cuda-graph-trace=node the kernels of a graph are in no table, and the graph is in one of its own."""
+    path = tmp_path / "x.sqlite"
+    nsys(path)
+    pid = 41 << 24
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE CUPTI_ACTIVITY_KIND_GRAPH_TRACE (start INT, end INT, deviceId INT, contextId INT,"
+                         " greenContextId INT, streamId INT, correlationId INT, globalPid INT, graphId INT, graphExecId INT)")
+        database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_GRAPH_TRACE VALUES (31000000, 36000000, 0, 1, NULL, 7, 99, ?, 1, 2)", (pid,))
+        database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (29000000, 29500000, 0, ?, 99, 3, 0, NULL)", (pid | MAIN,))
+    decode = rows_of(read_nsys(path))[2]
+    # 12 to 30, 31 to 36 and 36 to 38 ms
+    assert in_ms(decode) == ("rollout/decode", 2, 34, 26, 25, 1, None)
+    assert decode.own_s["CUDA graph"] == pytest.approx(0.005)
+
+
+def test_kernels_of_several_streams_count_once_where_they_overlap():
+    kernels = [("a", 10, 30, 1), ("b", 12, 15, 2), ("c", 28, 34, 3), ("d", 40, 44, 4), ("e", 42, 43, 5), ("a", 50, 52, 6)]
+    work = [Work(name, start, end, asked, end - start) for name, start, end, asked in kernels]
+    step, update = rows_of(Timeline.of(True, [Range("step", 0, 60), Range("update", 2, 6)], work))
+    # busy: 10 to 34, 40 to 44, 50 to 52
+    assert (step.extent_s, step.busy_s, step.gap_s, step.longest_gap_s) == (42, 30, 12, 6)
+    # without the first, which was asked for before, and the last: 12 to 15, 28 to 34, 40 to 44
+    assert (update.extent_s, update.busy_s, update.longest_gap_s) == (32, 13, 13)
+    assert step.top(2) == [("a", 22), ("c", 6)]
+
+
 def test_a_range_that_asked_for_nothing_has_no_extent():
     timeline = Timeline.of(True, [Range("step", 0, 9), Range("reward", 6, 8)], [Work("gemm", 3, 4, 1, 1)])
     reward = rows_of(timeline)[1]

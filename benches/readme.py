@@ -167,7 +167,7 @@ def conditions(row: Row) -> str:
 def commit(row: Row) -> str:
     """What was measured; `+` where files were changed since."""
     git = row["git"]
-    return "" if git is None else git["commit"][:7] + "+" * git["dirty"]
+    return "" if git is None else git["commit"][:7] + ("+" if git["dirty"] else "")
 
 
 def _table(columns: dict[str, Cell], rows: list[Row]) -> str:

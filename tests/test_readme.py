@@ -45,6 +45,13 @@ def test_a_table_has_the_numbers_of_its_line_and_what_they_were_measured_on():
     assert readme.generated([]) == ""
 
 
+def test_a_commit_is_marked_where_files_were_changed_since():
+    commits = [({"commit": "0123456789", "dirty": dirty}, shown) for dirty, shown in (
+        (True, "0123456+"), (False, "0123456"), (None, "0123456"))]  # None: a copy without history was told its commit
+    assert [readme.commit(LINE | {"git": git}) for git, _ in commits] == [shown for _, shown in commits]
+    assert readme.commit(LINE | {"git": None}) == ""
+
+
 def test_a_long_table_is_folded_whole():
     lines = [LINE | {"case": f"{count} completions"} for count in range(17)]
     text = readme.generated(lines)

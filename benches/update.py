@@ -12,7 +12,7 @@ drawn and what is read.
 Before anything is timed the gradient norms of `discrete` and `trl` are compared; where they differ nothing is timed.
 
 With `--length` nothing ends a completion before that many tokens, which is what training on long texts is like. On GPUs whose
-peak is known (benches/flops.py) our lines say which share of it the model's own operations were.
+peak is known (fastlatent/mfu.py) our lines say which share of it the model's own operations were.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from benches import flops, results, setting
+from benches import results, setting
 from benches.memory import peak_bytes
 from benches.results import Result
 from benches.timing import Lap, interleave, seconds
-from fastlatent import advantages, build
+from fastlatent import advantages, build, mfu
 from fastlatent.cli import run_command
 from fastlatent.errors import UserError
 from fastlatent.optim import Optimizer
+from fastlatent.packing import Item, microbatches, pack
 from fastlatent.policy import Policy
 from fastlatent.rollout.thinking import ThinkingSpan
 from fastlatent.schema import AnswerConfig, Config, ThinkingConfig
@@ -98,8 +99,9 @@ def _counting(update: Update, num_tokens: int) -> Callable[[int], int]:
     return run
 
 
-def _result(name: str, laps: dict[str, list[Lap]], peaks: dict[str, int | None], facts: dict) -> Result:
-    own, theirs, peak_flop_s = laps[name], laps.get("trl"), flops.peak_flop_s()
+def _result(name: str, laps: dict[str, list[Lap]], peaks: dict[str, int | None], facts: dict,
+            peak_flop_s: float | None) -> Result:
+    own, theirs = laps[name], laps.get("trl")
     samples = seconds(own) | {"rate_tok_s": [lap.rate for lap in own]}
     if peaks[name] is not None:
         samples["peak_bytes"] = [float(peaks[name])]
@@ -132,7 +134,8 @@ def run(args, folder: Path) -> list[Result]:
     plain = without_latents(groups)
     policy = build.policy(latent)
     facts = setting.facts(latent) | _sizes(groups) | {
-        "length": args.length, "tokens_per_microbatch": latent.update.tokens_per_microbatch, "model_flops": _flops(policy, groups)}
+        "length": args.length, "tokens_per_microbatch": latent.update.tokens_per_microbatch,
+        "model_flops": model_flops(policy, groups, latent)}
     updates: dict[str, Update] = {
         "latent": our_update(latent, groups, policy), "discrete": our_update(discrete, plain, build.policy(discrete))}
     if args.against == "trl":
@@ -145,13 +148,15 @@ def run(args, folder: Path) -> list[Result]:
         check_same(norms["discrete"], norms["trl"], setting.dtype(discrete))
     laps = interleave({n: _counting(update, facts["acted_tokens"]) for n, update in updates.items()}, args.rounds)
     peaks = {name: peak_bytes(update) for name, update in updates.items()}
-    return [_result(name, laps, peaks, facts) for name in updates]
+    return [_result(name, laps, peaks, facts, mfu.peak_flop_s(policy.device, policy.dtype)) for name in updates]
 
 
-def _flops(policy: Policy, groups: Sequence[Group]) -> float:
-    tables = {policy.base.get_input_embeddings().weight, policy.base.lm_head.weight}
-    num_body_weights = sum(p.numel() for p in policy.base.parameters() if p not in tables)
-    return flops.update_flops(policy.base.config, num_body_weights, [r for group in groups for r in group.rollouts])
+def model_flops(policy: Policy, groups: Sequence[Group], config: Config) -> float:
+    """Operations that one update on `groups` needs, packed as it packs them."""
+    cost, update = mfu.Cost.of(policy.base), config.update
+    items = [Item(rollout, 1.0, 1.0) for group in groups for rollout in group.rollouts]
+    chunks = microbatches(items, update.tokens_per_microbatch, update.share_prompts)
+    return sum(float(cost.flops(pack(chunk, policy.device, update.share_prompts))) for chunk in chunks)
 
 
 def _sizes(groups: Sequence[Group]) -> dict[str, int]:

@@ -7,12 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benches import every_kernel, flops, gpu_battery, gpu_needs, gpu_parts, gpu_steps, gpu_summary, random_model, results, update
+from benches import every_kernel, gpu_battery, gpu_needs, gpu_parts, gpu_steps, gpu_summary, random_model, results, update
 from benches.gpu_parts import PARTS, Place
 from benches.gpu_steps import FAILED, OK, REFUSED, SKIPPED, STOPPED, Step
 from fastlatent.errors import UserError
@@ -198,15 +197,6 @@ def test_outcomes_of_tests_are_read_off_pytest():
     assert found["failed"] == ["tests/test_gpu.py::test_y", "tests/test_z.py::t"]
 
 
-def test_the_operations_of_an_update_by_hand():
-    """One prompt of 3 tokens, completions of 2 and 1: 6 tokens, 2 + 1 actions, and 6 + (4 + 5) + 4 key places."""
-    config = SimpleNamespace(hidden_size=8, vocab_size=10, num_hidden_layers=2, num_attention_heads=2, head_dim=4)
-    prompt = SimpleNamespace(id=5, token_ids=(1, 2, 3))
-    rollouts = [SimpleNamespace(request=SimpleNamespace(prompt=prompt), token_ids=[1] * n, acted=[True] * n) for n in (2, 1)]
-    body, head, attention = 2 * 100 * 6, 2 * 8 * 10 * 3, 4 * 2 * 8 * (6 + 9 + 4)
-    assert flops.update_flops(config, 100, rollouts) == 3 * (body + head + attention)
-
-
 def test_every_kernel_finds_a_backend_that_breaks(monkeypatch, capsys):
     from fastlatent_kernels import OPS
 
@@ -241,7 +231,7 @@ def test_a_random_model_has_the_shape_and_short_prompts(tmp_path):
 
 def test_an_update_of_a_given_length_has_it_and_needs_no_trl(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.setattr(flops, "peak_flop_s", lambda: 1e12)
+    monkeypatch.setattr(update.mfu, "peak_flop_s", lambda device, dtype: 1e12)
     random_model.save("tiny", tmp_path / "model")
     out = tmp_path / "lines.jsonl"
     update.main(["--model", str(tmp_path / "model"), "--against", "none", "--batch", "8", "--length", "40", "--rounds", "1",

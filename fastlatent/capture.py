@@ -29,8 +29,8 @@ from fastlatent.schema import Config
 NSIGHT = ("NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_TRANSPORT_TYPE", "CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH")
 """Variables of the environment that nsys or ncu sets in what it starts."""
 
-MAX_ALLOCATIONS = 1_000_000
-"""Most allocator events a memory snapshot holds; older ones are dropped."""
+MAX_ALLOCATIONS = 100_000
+"""Most allocator events a memory snapshot holds; older ones are dropped. Each carries its stack, some kilobytes of JSON."""
 
 
 class Recorder(Protocol):
@@ -155,7 +155,7 @@ class TorchRecorder:
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if self._is_cuda else [ProfilerActivity.CPU]
         if self._is_cuda:
             torch.cuda.synchronize()
-            torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=MAX_ALLOCATIONS)
         self._profile = torch.profiler.profile(activities=activities)
         self._profile.start()
 

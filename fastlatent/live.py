@@ -23,14 +23,14 @@ SHOWN = {
 """Metrics in the order they are shown, each with its short name and format."""
 
 QUIET_AT_ZERO = ("kl", "guard/skipped_steps")
-PHASES = {"rollout": "cyan", "reward": "magenta", "sync": "yellow", "score": "blue", "update": "green"}
+PHASE_STYLES = {"rollout": "cyan", "reward": "magenta", "sync": "yellow", "score": "blue", "update": "green"}
 """Colours of what a step's time goes into (metrics.PHASES)."""
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
 class LiveView:
-    """Shows the steps of a run while entered; `mode` is auto, plain or off. Notes are always printed."""
+    """Shows the steps of a run while entered; `mode` is auto, plain or quiet. Notes are always printed."""
 
     def __init__(self, num_steps: int, mode: str = "auto", file: TextIO | None = None):
         self.num_steps, self.mode = num_steps, mode
@@ -97,9 +97,9 @@ class LiveView:
         split, text = time_split(self.rows[-1]), Text()
         text.append("time     ", style="dim")
         for phase, share in split.items():
-            text.append("█" * round(20 * share), style=PHASES[phase])
+            text.append("█" * round(20 * share), style=PHASE_STYLES[phase])
         for phase, share in split.items():
-            text.append(f" {phase} {share:.0%}", style=PHASES[phase])
+            text.append(f" {phase} {share:.0%}", style=PHASE_STYLES[phase])
         return text
 
 

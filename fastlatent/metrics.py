@@ -55,7 +55,7 @@ NAMES: dict[str, str] = {
     "reward_std": "standard deviation of those rewards over the whole step",
     "group_reward_std": "mean over groups of the standard deviation of their rewards",
     "frac_reward_zero_std": "share of drawn groups whose rewards are all equal",
-    "num_groups_filtered": "groups drawn and left out for having no variance",
+    "num_groups_filtered": "groups drawn and left out: those without variance, and those beyond the number a step wants",
     "rewards/{func}/mean": "mean of one reward function, before its weight",
     "rewards/{func}/std": "standard deviation of one reward function",
     "advantages/max": "largest magnitude of an advantage",

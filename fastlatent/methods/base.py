@@ -1,7 +1,8 @@
-"""What a training method is: four things an engine calls, and three the trainer calls.
+"""What a training method is: what an engine calls of it, and what the trainer calls.
 
-A method says what happens at a decode step (`decide`), what has to be remembered of it (`record_spec`), how an input is made
-from what was remembered (`embed`), and what is learnt (`advantages`, `score`, `loss`). The defaults are token-only GRPO.
+A method says what is drawn at a decode step (`draw`) and what becomes of it (`decide`), what has to be remembered of it
+(`record_spec`), how an input is made from what was remembered (`embed`), and what is learnt (`advantages`, `score`, `loss`). The
+defaults are token-only GRPO.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Method(nn.Module):
         return []
 
     def param_groups(self) -> list[ParamGroup]:
-        """Every parameter of the method must match exactly one prefix."""
+        """Every parameter of the method must match a prefix; of several the longest counts."""
         return []
 
     def advantages(self, group: Group, objective: ObjectiveConfig) -> Tensor:

@@ -41,7 +41,7 @@ class EngineParts:
 
 
 class RolloutEngine(Protocol):
-    """Draws completions. It knows no method by name: it calls record_spec, start, decide and embed of whatever it was given."""
+    """Draws completions. It knows no method by name: it calls record_spec, start, draw, decide and embed of whatever it was given."""
 
     capabilities: frozenset[Capability]
     method: Method  # the engine's own instance; its weights arrive through load_weights under `method.`

@@ -26,7 +26,6 @@ THINGS = "apples books coins stamps marbles pencils cookies shells toys cards".s
 VERBS = {+1: ["buys {b} more", "finds {b} more", "gets {b} more from a friend"],
          -1: ["gives away {b}", "loses {b}", "sells {b}"]}
 NUM_WORDINGS = len(NAMES) * len(THINGS) * len(VERBS[+1])
-NUM_HELD_OUT = 128
 
 
 class Triple(NamedTuple):

@@ -39,7 +39,7 @@ def test_everything_is_said_without_a_network(capsys, monkeypatch):
     text = capsys.readouterr().out
     for heading in ("versions", "machine", "model", "ops", "extras"):
         assert re.search(rf"^{heading}$", text, re.MULTILINE)
-    assert torch.__version__ in text
+    assert torch.__version__.partition("+")[0] in text  # which of torch's wheels it is, its metadata need not say
 
 
 def test_every_op_is_there_with_a_backend_it_has():

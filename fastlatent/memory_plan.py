@@ -26,6 +26,7 @@ class MemoryPlan:
     reference: int  # frozen copy; 0 where there is none
     gradients: int
     optimizer: int
+    copies: int  # of the blocks' weights in the compute dtype, made by autocast and kept for the backward pass
     head: int  # most of the vocabulary head at once, beside its weight
     engine_name: str
     engine: dict[str, int] = field(default_factory=dict)  # what the engine plans for itself; empty: it does not say
@@ -33,7 +34,7 @@ class MemoryPlan:
 
     def lines(self) -> list[str]:
         trainer = {"weights": self.weights, "reference": self.reference, "gradients": self.gradients,
-                   "optimizer": self.optimizer, "head": self.head}
+                   "optimizer": self.optimizer, "copies": self.copies, "head": self.head}
         room = "" if self.capacity is None else f", of {_shown(self.capacity)}"
         engine = _sum(self.engine) if self.engine else "as its own options say"
         return [f"memory: update {_sum(trainer)}, and activations{room}", f"memory: engine {self.engine_name} {engine}"]
@@ -46,10 +47,17 @@ def plan(config: Config, policy: Policy, engine: RolloutEngine) -> MemoryPlan:
     return MemoryPlan(
         weights=_bytes(policy.parameters()), reference=_bytes(policy.reference_parameters()), gradients=_bytes(trained),
         # AdamW: two moments in the dtype of the weight, and a float32 count
-        optimizer=sum(2 * p.nbytes + 4 for p in trained), head=_head_bytes(policy, config.update.tokens_per_microbatch),
+        optimizer=sum(2 * p.nbytes + 4 for p in trained), copies=_copies_bytes(policy),
+        head=_head_bytes(policy, config.update.tokens_per_microbatch),
         engine_name=config.engine.name,
         engine=planned(num_requests, config.chat.max_prompt_tokens, sampling) if planned else {},
         capacity=torch.cuda.get_device_properties(policy.device).total_memory if policy.device.type == "cuda" else None)
+
+
+def _copies_bytes(policy: Policy) -> int:
+    # what autocast casts are the operands of matrix products
+    cast = (p for p in policy.base.model.layers.parameters() if p.ndim == 2 and p.dtype != policy.dtype)
+    return sum(p.numel() for p in cast) * policy.dtype.itemsize
 
 
 def _head_bytes(policy: Policy, num_rows: int) -> int:

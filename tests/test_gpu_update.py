@@ -247,6 +247,8 @@ def test_the_memory_plan_is_what_the_parts_take(dtype, lora):
     assert plan.engine["keys and values"] == 2 * 2 * 6 * 2 * (40 + 22) * 16 * size
     # per token: two ids, five flags with latent_acted, four floats; HRPO's mixture of D; per row: length and two flags
     assert plan.engine["record"] == 6 * 22 * (2 * 8 + 4 + 4 * 4 + D * size) + 6 * (8 + 2)
+    cast = 2 * (block - 2 * 64) if lora is None else adapters  # not the norms
+    assert plan.copies == (0 if dtype == "float32" else 2 * cast)
     rows = 125  # an eighth of 1000
     copy = V * D * 2 if dtype == "bfloat16" and lora is None else 0
     assert plan.head == rows * V * (4 + size) + copy + (4 * V * D if lora is None else 0) + 1000 * D * size
@@ -262,8 +264,27 @@ def test_the_memory_plan_is_what_the_parts_take(dtype, lora):
     assert f"keys and values {'186.0' if dtype == 'float32' else '93.0'} KiB" in second
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=4, target_modules=["q_proj", "o_proj"])])
+def test_the_copies_of_weights_that_are_planned_are_those_that_a_pass_keeps(lora):
+    policy = tiny.policy("hrpo", family="llama", dtype="bfloat16", lora=lora)  # whose gate makes every input need a gradient
+    batch, kept = batch_of(drawn(policy)), {}
+    shapes = {frozenset(p.shape) for p in policy.base.model.layers.parameters() if p.ndim == 2}
+    own = {p.data_ptr() for p in policy.base.parameters()}
+    assert len(batch.position_T) not in (4, 32, 64, 96)  # no activation looks like a weight
+
+    def keep(tensor: Tensor) -> Tensor:
+        if frozenset(tensor.shape) in shapes and tensor.dtype == torch.bfloat16 and tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = policy.hidden(batch)
+    engine = HFEngine.build(HFEngine.Config(), tiny.parts(policy, *ENDS))
+    assert hidden.requires_grad and memory_plan.plan(config(), policy, engine).copies == sum(x.nbytes for x in kept.values()) > 0
+
+
 def test_an_engine_that_plans_nothing_is_said_to():
-    plan = memory_plan.MemoryPlan(2**30, 0, 2**20, 0, 1024, "other", capacity=140 * 2**30)
+    plan = memory_plan.MemoryPlan(2**30, 0, 2**20, 0, 0, 1024, "other", capacity=140 * 2**30)
     assert plan.lines() == [
         "memory: update 1.0 GiB (weights 1.0 GiB, gradients 1.0 MiB, head 1.0 KiB), and activations, of 140.0 GiB",
         "memory: engine other as its own options say"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from shlex import quote
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ EXTRAS = {
     "math": Extra("math-verify", "math_verify", "the reward math_equal"),
     "data": Extra("datasets", "datasets", "data.name=hub"),
     "track": Extra("tensorboard", "tensorboard", "log.trackers=[tensorboard]"),
-    "gpu": Extra("nvtx", "nvtx", "named ranges in Nsight Systems"),
+    "gpu": Extra("nvtx>=0.2.13", "nvtx", "named ranges in Nsight Systems"),
     "triton": Extra("triton", "triton", "kernels for a GPU"),
     "vllm": Extra("vllm==0.26.0", "vllm", "engine.name=vllm"),
 }
@@ -110,7 +111,7 @@ def _extras() -> Rows:
 
 
 def _remedy(name: str, extra: Extra) -> str:
-    return surface.INSTALL["cpu"] if name == "vllm" and not torch.cuda.is_available() else f"pip install {extra.requirement}"
+    return surface.INSTALL["cpu"] if name == "vllm" and not torch.cuda.is_available() else f"pip install {quote(extra.requirement)}"
 
 
 def _vllm() -> Rows:

@@ -198,11 +198,11 @@ class _TorchNvtx:
 def _nvtx_ranges() -> _NvtxDomain | _TorchNvtx | None:
     """How to make NVTX ranges in this process; None where no tool listens, which is settled when a process starts."""
     try:
-        import nvtx
-    except ModuleNotFoundError:
-        return _TorchNvtx() if _HAS_CUDA else None  # torch cannot say whether a tool listens
-    domain = nvtx.get_domain("fastlatent")
-    return _NvtxDomain(domain) if isinstance(domain, nvtx.Domain) else None
+        from nvtx import Domain, get_domain
+    except ImportError:  # absent, or older than 0.2.12, which could not say whether a tool listens, as torch cannot
+        return _TorchNvtx() if _HAS_CUDA else None
+    domain = get_domain("fastlatent")
+    return _NvtxDomain(domain) if isinstance(domain, Domain) else None
 
 
 _ranges = _nvtx_ranges()

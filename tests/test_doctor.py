@@ -67,6 +67,7 @@ def test_a_missing_extra_comes_with_its_pip_line(monkeypatch):
     assert section("extras")["math"] == "installed: the reward math_equal"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert section("extras")["math"] == "missing: the reward math_equal; pip install math-verify"
+    assert section("extras")["gpu"].endswith("; pip install 'nvtx>=0.2.13'")  # a shell takes a bare > for its own
 
 
 def test_state_of_the_model_cache(empty_cache):

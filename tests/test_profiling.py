@@ -1,4 +1,6 @@
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +186,50 @@ def test_the_cost_of_a_span_is_measured_idle_and_under_a_profiler(tmp_path, caps
     assert capsys.readouterr().out.startswith("idle ") and not torch.autograd._profiler_enabled()
     with pytest.raises(UserError, match="--rounds: wanted 1 or more, got 0"):
         benches.span.main(["--rounds", "0"])
+
+
+class Domain:
+    """A domain of the nvtx package (0.2.17) while a tool listens; its events are written down."""
+
+    def __init__(self):
+        self.events = []
+        self.pop_range = lambda: self.events.append("pop")
+
+    def get_event_attributes(self, message=None, color=None, category=None, payload=None):
+        return message, payload
+
+    def push_range(self, attributes):
+        self.events.append(("push", *attributes))
+
+    def mark(self, attributes):
+        self.events.append(("mark", *attributes))
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_nvtx_ranges_have_a_domain_of_their_own_and_counts_as_payloads(monkeypatch, listens):
+    domain, asked_for = Domain(), []
+
+    def get_domain(name):
+        asked_for.append(name)
+        return domain if listens else object()  # the package's own stand-in where no tool listens
+
+    monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(Domain=Domain, get_domain=get_domain))
+    monkeypatch.setattr(profiling, "_ranges", profiling._nvtx_ranges())
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            with span("rollout", tokens=80), span("rollout/decode") as drawing:
+                drawing.tokens = 7
+                1 / 0
+    once = [("push", "rollout", 80), ("push", "rollout/decode", None), ("mark", "tokens", 7), "pop", ("mark", "tokens", 80), "pop"]
+    assert asked_for == ["fastlatent"] and domain.events == (2 * once if listens else [])
+
+
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_an_nvtx_package_that_is_too_old_is_as_good_as_none(monkeypatch, has_cuda):
+    monkeypatch.setattr(profiling, "_HAS_CUDA", has_cuda)
+    for old in (None, SimpleNamespace(), SimpleNamespace(get_domain=lambda name: Domain())):  # absent, 0.2.10, 0.2.11
+        monkeypatch.setitem(sys.modules, "nvtx", old)
+        assert isinstance(profiling._nvtx_ranges(), profiling._TorchNvtx if has_cuda else type(None))
 
 
 class FakeDevice:

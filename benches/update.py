@@ -105,7 +105,7 @@ def _result(name: str, laps: dict[str, list[Lap]], peaks: dict[str, int | None],
     samples = seconds(own) | {"rate_tok_s": [lap.rate for lap in own]}
     if peaks[name] is not None:
         samples["peak_bytes"] = [float(peaks[name])]
-    if name != "trl" and peak_flop_s is not None:
+    if name != "trl" and peak_flop_s is not None and facts["model_flops"] is not None:
         samples["mfu_share"] = [facts["model_flops"] / lap.wall_s / peak_flop_s for lap in own]
     if name != "trl" and theirs is not None:
         samples["speed_over_trl"] = [t.wall_s / o.wall_s for o, t in zip(own, theirs, strict=True)]
@@ -151,9 +151,11 @@ def run(args, folder: Path) -> list[Result]:
     return [_result(name, laps, peaks, facts, mfu.peak_flop_s(policy.device, policy.dtype)) for name in updates]
 
 
-def model_flops(policy: Policy, groups: Sequence[Group], config: Config) -> float:
-    """Operations that one update on `groups` needs, packed as it packs them."""
+def model_flops(policy: Policy, groups: Sequence[Group], config: Config) -> float | None:
+    """Operations that one update on `groups` needs, packed as it packs them; None where fastlatent/mfu.py cannot tell."""
     cost, update = mfu.Cost.of(policy.base), config.update
+    if cost is None:
+        return None
     items = [Item(rollout, 1.0, 1.0) for group in groups for rollout in group.rollouts]
     chunks = microbatches(items, update.tokens_per_microbatch, update.share_prompts)
     return sum(float(cost.flops(pack(chunk, policy.device, update.share_prompts))) for chunk in chunks)

@@ -211,7 +211,8 @@ def test_the_bench_of_the_update_counts_the_operations_that_an_update_says_it_ne
 
 
 def test_a_mixture_of_experts_is_not_counted():
-    assert mfu.Cost.of(SimpleNamespace(config=SimpleNamespace(num_experts_per_tok=2))) is None
+    base = SimpleNamespace(config=SimpleNamespace(num_experts_per_tok=2))
+    assert mfu.Cost.of(base) is None and model_flops(SimpleNamespace(base=base), [], config()) is None
 
 
 @pytest.mark.parametrize("name, peak", [

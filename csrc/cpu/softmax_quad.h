@@ -33,8 +33,8 @@ static inline QuadSums sum_quad(float* logits, float inv_temperature) {
   const floats shift = largest == splat(-kInfinity) ? floats{} : largest;
   floats s = {}, q = {}, w = {};
   for (int i = 0; i < kQuadTile; i += kLanes) {
-    // -88: exp is 0 there already, and 0 * -inf would not be
-    const floats x = larger((load(logits + i) - shift) * inv_temperature, splat(-88.0f));
+    // -88: exp is 0 there already, and 0 * -inf would not be. In this order a NaN stays one, and `w` shows it
+    const floats x = larger(splat(-88.0f), (load(logits + i) - shift) * inv_temperature);
     const floats e = exp_negative(x);
     if (keeps_exps) store(logits + i, e);
     s += e;

@@ -26,8 +26,8 @@ static inline TileSums sum_tile(const T* logits, float inv_temperature, float* e
   const float shift = largest == -kInfinity ? 0.0f : largest;
   floats s = {}, q = {}, w = {};
   for (int i = 0; i < kTileSize; i += kLanes) {
-    // -88: exp is 0 there already, and 0 * -inf would not be
-    const floats x = larger((load(logits + i) - shift) * inv_temperature, splat(-88.0f));
+    // -88: exp is 0 there already, and 0 * -inf would not be. In this order a NaN stays one, and `w` shows it
+    const floats x = larger(splat(-88.0f), (load(logits + i) - shift) * inv_temperature);
     const floats e = exp_negative(x);
     if (keeps_exps) store(exps + i, e);
     s += e;
@@ -71,11 +71,12 @@ struct SoftmaxRow {
     for (int64_t c = 0; c < tiles; c++) {
       const float x = largest[c] == -kInfinity ? -kInfinity : (largest[c] - row_largest) * inv_temperature;
       const float factor = expf(x);
-      total_slope += factor == 0 ? 0 : (slope[c] + mass[c] * x) * factor;
+      total_slope += factor == 0 ? 0 * slope[c] : (slope[c] + mass[c] * x) * factor;
       total_squares += squares[c] * factor * factor;
       total += mass[c] *= factor;
       largest[c] = factor;
     }
+    if (total_slope != total_slope) total = total_squares = total_slope;  // a logit is NaN, which exps do not show
     entropy = logf(total) - total_slope / total;
     // fmaf, here and in `logprob`: where a compiler fuses as it likes, two functions that share this differ in the last bit
     lse = __builtin_fmaf(row_largest, inv_temperature, logf(total));

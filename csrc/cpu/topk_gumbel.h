@@ -133,8 +133,9 @@ struct GumbelRow {
     const float last = likeliest.logit[args.top_k - 1], temperature = 1 / args.inv_temperature;
     // 0 times an infinite width is 0 here
     const float width = args.scale > 0 ? args.scale * (args.high - args.low) : 0;
-    // noise lies in an interval; the rest is room for rounding, for what is kept beyond need still has to win
-    const float least = last == -kInfinity ? last
+    // noise lies in an interval; the rest is room for rounding, for what is kept beyond need still has to win. A row with
+    // a NaN has no order to prune by, and k ids must be found all the same
+    const float least = last == -kInfinity || softmax.lse != softmax.lse ? -kInfinity
         : last - width * temperature - 1e-5f * (fabsf(likeliest.logit[0]) + fabsf(last) + (16 + width) * temperature);
     for_each_tile(logits, args.vocab, [&](int64_t tile, const T* part) {
       if (tile_largest[tile] < least) return;

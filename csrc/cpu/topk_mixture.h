@@ -87,7 +87,7 @@ static void topk_mixture_rows(const TopkMixture& args) {
     const float log_kept = logf(kept) + top.logit[0] * args.inv_temperature - softmax.lse;
     args.token[b] = top.id[place];
     args.logprob[b] = logprob(top.logit[place], args.inv_temperature, softmax.lse);
-    args.log_kept[b] = log_kept < 0 ? log_kept : 0.0f;
+    args.log_kept[b] = log_kept > 0 ? 0.0f : log_kept;
     args.entropy[b] = softmax.entropy;
   });
 }

@@ -142,6 +142,24 @@ def test_forbidden_tokens_weigh_nothing(backend):
         torch.testing.assert_close(got, torch.full_like(got, want), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("at", [0, 5, 299])
+def test_a_nan_among_the_logits_shows_in_its_row_and_in_no_other(at):
+    from fastlatent_kernels.topk_mixture.native_impl import _C
+    from fastlatent_kernels.vocab_head import native_impl as _  # loads the other operator
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(5))
+    broken = logits.clone()
+    broken[1, at] = torch.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        for isa in _C.isas():
+            for operator, options in ((torch.ops.fastlatent.vocab_rows, (False, torch.float32)),
+                                      (torch.ops.fastlatent.topk_rows, (False,))):
+                truncation = (40, 0.9) if operator is torch.ops.fastlatent.topk_rows else ()
+                got, want = (operator(x.to(dtype), 0.7, *truncation, SEED, counters(3), *options, isa)
+                             for x in (broken, logits))
+                assert 0 <= got[0][1] < 300 and got[1].isnan().tolist() == [False, True, False]
+                assert all(torch.equal(a[[0, 2]], b[[0, 2]]) for a, b in zip(got, want, strict=True))
+
+
 def test_arguments_that_do_not_fit_are_named():
     hidden, weight, counter = torch.zeros(2, 3), torch.zeros(9, 3), counters(2)
     for name, args in {"temperature": (hidden, weight, 0.0, SEED, counter),

@@ -175,6 +175,20 @@ def test_native_instruction_sets_agree_with_the_reference():
                 torch.testing.assert_close(a, b, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_nan_among_the_logits_shows_and_every_id_is_one(top_p):
+    """The NaN keeps the likeliest from being sorted: pruning by them would leave fewer than k."""
+    from fastlatent_kernels.topk_gumbel.native_impl import _C
+    logits_BV = torch.full((2, 512), -1000.0)
+    logits_BV[:, 300], logits_BV[0, 62] = 10.0, torch.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        for isa in _C.isas():
+            ids_BK, score_BK, logprob_BK, *_ = torch.ops.fastlatent.topk_gumbel_rows(
+                logits_BV.to(dtype), 1.0, 64, top_p, list(ClippedGumbel()), 1.0, SEED, counters(2), isa)
+            assert ids_BK[0].unique().numel() == 64 and 0 <= ids_BK.min() and ids_BK.max() < 512
+            assert logprob_BK[0].isnan().all() and not logprob_BK[1].isnan().any() and ids_BK[1, 0] == 300
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"logits_BV": torch.zeros(9)}, "logits_BV: expected "), ({"temperature": 0.0}, "temperature: expected "),
     ({"top_k": 10}, "top_k: expected a whole number from 1 to 9, got 10"), ({"top_p": 0.0}, "top_p: expected "),

@@ -1,9 +1,12 @@
 """token_logprob against plain log_softmax and autograd, and what it never does: hold all logits, work for nothing."""
 
+import weakref
+
 import pytest
 import torch
 from fastlatent_kernels import token_logprob
 from fastlatent_kernels.token_logprob import head_logits
+from fastlatent_kernels.token_logprob.chunks import through_chunks
 from watch import Watch
 
 
@@ -156,6 +159,18 @@ def test_nothing_of_a_quarter_of_the_logits_ever_exists(A):
         logprob, entropy = token_logprob(hidden, weight, target)
         (logprob + entropy).sum().backward()
     assert 0 < watch.largest < A * 1000 / 4
+
+
+def test_one_chunk_of_logits_is_alive_at_a_time():
+    alive = []
+
+    def each_chunk(rows, logits_RV):
+        assert all(chunk() is None for chunk in alive)
+        alive.append(weakref.ref(logits_RV))
+        return logits_RV  # the gradient lies over the logits
+
+    through_chunks(torch.randn(140, 8), torch.randn(40, 8), each_chunk, needs_hidden=True, needs_weight=True)
+    assert len(alive) > 1
 
 
 def test_products_nobody_asked_for_are_not_computed():

@@ -35,6 +35,7 @@ def through_chunks(hidden_AD: Tensor, weight_VD: Tensor, each_chunk: Callable[[s
             grad_hidden_AD[rows] = grad_RV @ w_VD
         if needs_weight:
             _accumulate(grad_weight_VD, grad_RV.t(), hidden_AD[rows])
+        del grad_RV  # it may lie over its logits, which the next chunk's would be made beside
     return grad_hidden_AD, grad_weight_VD.to(weight_VD.dtype) if needs_weight else None
 
 

@@ -15,6 +15,8 @@ def expect(name: str, tensor: Tensor, shape: tuple[int | str, ...], dtypes: tupl
            like: Tensor | None = None) -> None:
     """ValueError unless `tensor` has this shape (a letter: any size, 0 for those of `ROWS` alone), one of `dtypes` and
     the device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     fits = tensor.ndim == len(shape) and all(
         (have > 0 or want in ROWS) if isinstance(want, str) else want == have
         for want, have in zip(shape, tensor.shape, strict=True))
@@ -33,6 +35,12 @@ def expect_number(name: str, value: float, wanted: str, is_valid: bool) -> None:
     """Raise ValueError saying what was wanted unless `is_valid`."""
     if not is_valid:
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def expect_top_k(top_k: int, vocab_size: int, limit: int) -> None:
+    """Raise ValueError unless so many of a vocabulary can be kept."""
+    most = min(limit, vocab_size)
+    expect_number("top_k", top_k, f"a whole number from 1 to {most}", isinstance(top_k, int) and 1 <= top_k <= most)
 
 
 def expect_ids(name: str, ids: Tensor, num_ids: int) -> None:

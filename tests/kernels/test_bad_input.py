@@ -1,4 +1,5 @@
-"""What no op takes: dimensions of which there is nothing, although rows may be none; ids of no row of a table."""
+"""What no op takes: dimensions of which there is nothing, although rows may be none; ids of no row of a table; what is
+no tensor, or no such number."""
 
 import importlib
 import re
@@ -58,6 +59,23 @@ def test_several_targets_are_at_least_one():
     inputs["target_A"] = inputs["target_A"][:, None][:, :0]
     with pytest.raises(ValueError, match=r"^target_A: expected a int64 tensor of shape \[7, K\] with K at least 1"):
         OPS["token_logprob"](**inputs)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_what_is_no_tensor_is_named(op):
+    inputs = inputs_of(op)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            with pytest.raises(ValueError, match=f"^{name}: expected a tensor, got list$"):
+                op(**inputs | {name: value.tolist() if value.ndim else [0]})
+
+
+@pytest.mark.parametrize(("op", "name", "bad"), [
+    ("topk_mixture", "top_k", 1.5), ("topk_gumbel", "top_k", 2.5), ("clipped_surrogate", "kl_coef", float("nan")),
+    ("policy_gradient_head", "kl_coef", float("inf")), ("clipped_surrogate", "weight_A", None)])
+def test_a_number_of_the_wrong_kind_is_named(op, name, bad):
+    with pytest.raises(ValueError, match=f"^{name}: expected a (whole number|finite number|tensor)"):
+        OPS[op](**inputs_of(OPS[op]) | {name: bad})
 
 
 @pytest.mark.parametrize("bad", [-1, 131, 2**40])

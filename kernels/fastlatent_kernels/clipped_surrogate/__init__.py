@@ -39,9 +39,9 @@ def _check(logprob_A, old_logprob_A, ref_logprob_A, entropy_A, advantage_A, weig
 
 
 def check_columns(like_A: Tensor, **columns_A: Tensor | None) -> None:
-    """ValueError naming the first column that is no floating [A] tensor beside `like_A`; None is left out."""
+    """ValueError naming the first column that is no floating [A] tensor beside `like_A`; old and ref may be None."""
     for name, column_A in columns_A.items():
-        if column_A is not None:
+        if column_A is not None or name not in ("old_logprob_A", "ref_logprob_A"):
             expect(name, column_A, tuple(like_A.shape), like=like_A)
 
 
@@ -56,7 +56,8 @@ def check_options(ref_logprob_A: Tensor | None, *, clip_low, clip_high, dual_cli
         raise ValueError(f"kl_estimator: expected {', '.join(KL_ESTIMATORS)}, got {kl_estimator!r}")
     if kl_coef != 0 and ref_logprob_A is None:
         raise ValueError("ref_logprob_A: expected a tensor because kl_coef is not 0, got None")
-    expect_number("entropy_coef", entropy_coef, "a finite number", math.isfinite(entropy_coef))
+    for name, coef in (("kl_coef", kl_coef), ("entropy_coef", entropy_coef)):
+        expect_number(name, coef, "a finite number", math.isfinite(coef))
 
 
 @op(backends=("triton",), check=_check)

@@ -27,7 +27,8 @@ def check_head(hidden_AD, weight_VD, target_A) -> None:
     expect("hidden_AD", hidden_AD, ("A", "D"))
     A, D = hidden_AD.shape
     expect("weight_VD", weight_VD, ("V", D), like=hidden_AD)
-    expect("target_A", target_A, (A, "K") if target_A.ndim == 2 else (A,), (torch.int64,), like=hidden_AD)
+    is_several = isinstance(target_A, Tensor) and target_A.ndim == 2
+    expect("target_A", target_A, (A, "K") if is_several else (A,), (torch.int64,), like=hidden_AD)
 
 
 @op(backends=("triton",), check=_check)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlatent_kernels.check import compute_dtype, expect, expect_noise, expect_number
+from fastlatent_kernels.check import compute_dtype, expect, expect_noise, expect_number, expect_top_k
 from fastlatent_kernels.dispatch import op
 from fastlatent_kernels.noise import STREAM_LATENT, row_gumbel
 from fastlatent_kernels.topk_mixture import MAX_TOP_K, largest_ids
@@ -47,9 +47,8 @@ class TopkGumbel(NamedTuple):
 
 def _check(logits_BV, temperature, top_k, top_p, noise, mixture_temperature, seed, counter_B3) -> None:
     expect("logits_BV", logits_BV, ("B", "V"))
-    most = min(MAX_TOP_K, logits_BV.shape[1])
     expect_number("temperature", temperature, "a number above 0", temperature > 0)
-    expect_number("top_k", top_k, f"a whole number from 1 to {most}", 1 <= top_k <= most)
+    expect_top_k(top_k, logits_BV.shape[1], MAX_TOP_K)
     expect_number("top_p", top_p, "a number above 0, at most 1", 0 < top_p <= 1)
     expect_number("noise", noise, "low <= high and scale >= 0", noise.low <= noise.high and noise.scale >= 0)
     expect_number("mixture_temperature", mixture_temperature, "a number above 0", mixture_temperature > 0)

@@ -83,8 +83,9 @@ def test_functions_keep_their_relative_precision(name, low, high):
     function_kernel[(3,)](x, out, name)
     exact = {"sigmoid": torch.sigmoid, "log1p": torch.log1p, "expm1": torch.expm1,
              "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x))}[name](x.double())
-    # exp of an argument near 80 has a relative error of 80 roundings of that argument
-    assert ((out.double() - exact).abs() / exact.abs().clamp(min=1e-30)).max() < 3e-6
+    # exp of an argument near 80 has a relative error of 80 roundings of that argument; a GPU's is the exp2 of the rounded
+    # product with a rounded log2(e), which comes to 3.7e-6 at these arguments
+    assert ((out.double() - exact).abs() / exact.abs().clamp(min=1e-30)).max() < 5e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])

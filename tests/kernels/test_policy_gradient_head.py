@@ -157,24 +157,26 @@ def test_three_products_learn_and_one_only_looks():
     assert (*counts, watch.products) == (3, 2, 1, 1)
 
 
-def test_fifty_steps_leave_no_bias_of_the_entropy():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_fifty_steps_leave_no_bias_of_the_entropy(device):
     """Float32 masters under bfloat16 products, against float64 throughout: with no signal but noise, the entropies of
     the two policies stay together, and their difference has no direction."""
     A, D, V = 192, 16, 64
     start = arguments(A, D, V, torch.float32)
     entropies = []
     for dtype in (torch.bfloat16, torch.float64):
-        master = start[1].detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+        master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        master = start[1].detach().to(device, master_dtype).requires_grad_()
         generator, trace = torch.Generator().manual_seed(1), []
         for _ in range(50):
-            hidden = torch.randn(A, D, generator=generator).bfloat16().to(dtype)
-            target = torch.randint(V, (A,), generator=generator)
-            advantage = torch.randn(A, generator=generator).to(master.dtype)
+            hidden = torch.randn(A, D, generator=generator).bfloat16().to(device, dtype)
+            target = torch.randint(V, (A,), generator=generator).to(device)
+            advantage = torch.randn(A, generator=generator).to(device, master_dtype)
             out = policy_gradient_head(hidden, master, target, None, None, advantage, torch.full_like(advantage, 1 / A),
                                        **CLIP, entropy_coef=0.01)
             gradient, = torch.autograd.grad(out.loss, master)
             master = (master - 2.0 * gradient).detach().requires_grad_()
-            trace.append(out.entropy_A.mean().double())
+            trace.append(out.entropy_A.mean().double().cpu())
         entropies.append(torch.stack(trace))
     moved, drift = (entropies[1] - entropies[1][0]).abs().max(), entropies[0] - entropies[1]
     assert moved > 0.02

@@ -32,7 +32,8 @@ def through_chunks(hidden_AD: Tensor, weight_VD: Tensor, each_chunk: Callable[[s
     for rows in _row_chunks(hidden_AD, weight_VD.shape[0]):
         grad_RV = each_chunk(rows, matmul(hidden_AD[rows], w_VD.t(), dtype))
         if needs_hidden:
-            grad_hidden_AD[rows] = grad_RV @ w_VD
+            # not straight into half precision, in which a GPU's library may then add up what it summed in pieces of V
+            grad_hidden_AD[rows] = matmul(grad_RV, w_VD, dtype)
         if needs_weight:
             _accumulate(grad_weight_VD, grad_RV.t(), hidden_AD[rows])
         del grad_RV  # it may lie over its logits, which the next chunk's would be made beside

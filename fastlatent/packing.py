@@ -133,7 +133,7 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
     score: list[int] = []
     sequence: list[int] = []
     fields: dict[str, list] = {name: [] for name in ("target", "logprob", "advantage", "weight")}
-    traces: list[tuple[int, LatentTrace]] = []
+    traces: list[tuple[int, int, LatentTrace]] = []  # first place, rows that are read, their source
 
     def lay(ids: Sequence[int], first_position: int, is_latent: Sequence[bool]) -> None:
         token_ids.extend(ids)
@@ -164,8 +164,8 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
         fields["logprob"] += [rollout.logprobs[k] for k in acted]
         fields["advantage"] += item.advantages
         fields["weight"] += [item.weight] * len(acted)
-        if rollout.trace is not None:
-            traces.append((start, rollout.trace))
+        if num_read := sum(rollout.latent[: C - 1]):  # the last token of a completion is not read, nor is its row of the record
+            traces.append((start, num_read, rollout.trace))
     T = len(token_ids)
     batch = Batch(
         token_ids_T=torch.tensor(token_ids), position_T=torch.tensor(position), latent_T=torch.tensor(latent),
@@ -198,18 +198,13 @@ def _latent_actions(items: Sequence[Item], device: torch.device) -> LatentAction
     return LatentActions(latent_N, token_M, {name: torch.cat(columns) for name, columns in rows.items()})
 
 
-def _lay_out(traces: Sequence[tuple[int, LatentTrace]], T: int, device: torch.device) -> dict[str, Tensor] | None:
-    """Each trace's record rows at the packed positions where their tokens are read.
-
-    The last token of a completion is not read: its row falls on the next sequence's first prompt token, which is never latent,
-    or on the spare row behind the last sequence.
-    """
+def _lay_out(traces: Sequence[tuple[int, int, LatentTrace]], T: int, device: torch.device) -> dict[str, Tensor] | None:
+    """Each trace's record rows at the packed positions where their tokens are read, zeros elsewhere."""
     if not traces:
         return None
-    place_N = torch.cat([start + trace.position_N.long() for start, trace in traces]).to(device)
+    place_N = torch.cat([start + trace.position_N[:num].long() for start, num, trace in traces]).to(device)
     out = {}
-    for name, first in traces[0][1].record.items():
-        column_T = torch.zeros(T + 1, *first.shape[1:], dtype=first.dtype, device=device)
-        column_T[place_N] = torch.cat([trace.record[name] for _, trace in traces]).to(device)
-        out[name] = column_T[:T]
+    for name, first in traces[0][2].record.items():
+        out[name] = torch.zeros(T, *first.shape[1:], dtype=first.dtype, device=device)
+        out[name][place_N] = torch.cat([trace.record[name][:num] for _, num, trace in traces]).to(device)
     return out

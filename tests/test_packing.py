@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlatent.errors import UserError
 from fastlatent.objectives import surrogate, token_weights
@@ -60,6 +61,35 @@ def test_sharing_reads_a_prompt_once(items):
     assert torch.equal(shared.target_A, repeated.target_A)
 
 
+class Written(TorchDispatchMode):
+    """The places that each indexed assignment writes to."""
+
+    def __init__(self):
+        super().__init__()
+        self.places: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.index_put_.default:
+            self.places.append(args[1][0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_record_lies_where_its_token_is_read_and_nowhere_else(policy, share):
+    """Completions cut while they think: nobody reads the latent of their last token, and behind it comes the next one's first."""
+    drawn = tiny.engine(policy, ThinkingConfig(end="####"), AnswerConfig()).generate(
+        tiny.requests(tiny.prompts([3, 5]), 4), Sampling(temperature=0.8, max_new_tokens=6))
+    assert sum(r.latent[-1] for r in drawn) > 5
+    with Written() as written:
+        batch = pack([Item(r, 1.0, 1.0) for r in drawn], CPU, share)
+    # of several values for one place a GPU keeps any
+    assert written.places and all(len(places.unique()) == len(places) for places in written.places)
+    rows = torch.cat([r.trace.record["mixture"][: sum(r.latent[:-1])] for r in drawn])
+    wanted_TD = torch.zeros(batch.num_tokens, rows.shape[1])
+    wanted_TD[batch.latent_T.nonzero()[:, 0]] = rows
+    assert torch.equal(batch.record_T["mixture"], wanted_TD)
+
+
 def test_a_budget_below_one_sequence_is_refused(items):
     with pytest.raises(UserError, match="tokens_per_microbatch: a sequence of [0-9]+ tokens does not fit into 5"):
         microbatches(items, 5, False)
@@ -67,7 +97,6 @@ def test_a_budget_below_one_sequence_is_refused(items):
 
 def test_no_tensor_of_tokens_times_vocabulary_in_an_update(policy):
     """The head works in row chunks: nothing of A * V / 4 elements lives in forward or backward."""
-    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
     class Largest(TorchDispatchMode):

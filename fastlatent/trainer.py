@@ -10,6 +10,7 @@ uninterrupted one would have done, bit for bit.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -171,11 +172,16 @@ class Trainer:
         """The groups of this step, scored and given their advantages; with filtering, redrawn until they can teach."""
         config, groups, samples = self.config, [], []
         drawn = step_metrics.Drawn()
+        times: Counter[int] = Counter()  # by prompt: where one comes again within a step, so must not its noise
         rounds = 1 + (config.objective.max_filter_rounds if config.objective.filter_zero_variance else 0)
         for round_ in range(rounds):
             # a step's rounds own consecutive places of the endless prompt stream, used or not: a function of the step alone
             prompts = self.inputs.prompts((self.step * rounds + round_) * config.num_prompts)
-            requests = [Request(p, self.step, g) for p in prompts for g in range(config.group_size)]
+            requests = []
+            for prompt in prompts:
+                first = times[prompt.id] * config.group_size
+                requests += [Request(prompt, self.step, first + g) for g in range(config.group_size)]
+                times[prompt.id] += 1
             with span("rollout") as drawing:
                 self._sync_weights()
                 rollouts = generate(self.engine, requests, build.sampling_of(config))

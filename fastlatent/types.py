@@ -41,7 +41,7 @@ class Request:
 
     prompt: Prompt
     step: int
-    sample: int  # 0 .. G-1 within the group
+    sample: int  # 0 .. G-1 within the group; the next G where a step has the same prompt again
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,6 +184,26 @@ def test_groups_without_variance_are_redrawn(inside):
         assert 0 < row["frac_reward_zero_std"] < 1
 
 
+def test_a_prompt_that_comes_again_within_a_step_is_drawn_anew(inside):
+    """7 rounds of 4 prompts are more than the 16 there are: with the same noise they would be the same completions."""
+    trainer = Trainer(load_config(
+        *QUICK, f"out={inside / 'run'}", "num_steps=1", "data.name=jsonl", "data.train=gsm8k.jsonl", "data.answer_after='####'",
+        "rewards=[{name: my_rewards.constant}]", "objective.filter_zero_variance=true", "objective.max_filter_rounds=6",
+        "mismatch.probe_tokens=0"))
+    draw, drawn = trainer.engine.generate, defaultdict(list)
+
+    def watched(requests, sampling):
+        rollouts = draw(requests, sampling)
+        for rollout in rollouts:
+            drawn[rollout.request.prompt.id].append(tuple(rollout.token_ids))
+        return rollouts
+
+    trainer.engine.generate = watched
+    trainer.run()
+    again = [completions for completions in drawn.values() if len(completions) > 4]
+    assert len(again) == 12 and all(completions[:4] != completions[4:] for completions in again)
+
+
 def test_redrawing_stops_at_its_cap_and_counts(inside):
     trainer = train(inside / "run", *QUICK, "rewards=[{name: my_rewards.constant}]",
                     "objective.filter_zero_variance=true", "objective.max_filter_rounds=2")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import tiny
 import torch
@@ -75,6 +77,25 @@ def test_the_decode_step_is_one_graph_without_recompiles(method):
     assert len(steps) >= 100
     plain = tiny.engine(policy, *FREE, kv="static", read_every=200).generate(requests, sampling)
     assert [r.token_ids for r in rollouts] == [r.token_ids for r in plain]
+
+
+def test_a_compiled_step_serves_prompts_of_many_lengths_and_batches_of_many_sizes(monkeypatch):
+    """A graph for each power of two of the longest prompt and each number of rows, however few torch allows for by itself."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # what is traced is the subject
+    policy, sampling = tiny.policy("grpo"), Sampling(temperature=0.8, max_new_tokens=4)
+    compiled, plain = (tiny.engine(policy, *FREE, kv="static", compile=on, read_every=9) for on in (True, False))
+
+    def same(length: int, group_size: int) -> bool:
+        requests = tiny.requests(tiny.prompts([length, 3]), group_size)
+        got, wanted = (engine.generate(requests, sampling) for engine in (compiled, plain))
+        return [r.token_ids for r in got] == [r.token_ids for r in wanted]
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert same(9, 2)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert all(same(length, 2) for length in (12, 16))
+        assert same(17, 2) and same(9, 1)
 
 
 def test_finished_rows_are_dropped():

@@ -6,7 +6,7 @@ looks at it once every `read_every` steps. On a CPU the key-value places read gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,6 +27,9 @@ from fastlatent.rollout.draw import look, settle
 from fastlatent.rollout.prepack import is_supported, prepack
 from fastlatent.rollout.thinking import ThinkingSpan
 from fastlatent.types import Capability, Request, Rollout, Sampling
+
+MOST_GRAPHS = 128
+"""Shapes that the decode step may be compiled for: numbers of rows times powers of two of prompt lengths. torch stops at 8."""
 
 
 @dataclass(slots=True)
@@ -91,7 +94,7 @@ class HFEngine:
         self.seed = torch.tensor(seed, dtype=torch.int64, device=self.device)
         self.version = -1
         self._prefilled: Prefill | None = None  # the latest, in case the same prompts come again
-        self._step = torch.compile(self.step, fullgraph=True, dynamic=False) if config.compile else self.step
+        self._step = self._compiled() if config.compile else self.step
 
     @classmethod
     def check(cls, config: Config, model: PretrainedConfig, device: torch.device) -> None:
@@ -131,7 +134,7 @@ class HFEngine:
         """The most it holds while it draws that many completions, by what it is for."""
         rows, meta = min(num_requests, self.config.max_batch), torch.device("meta")
         longest = self.span.longest(sampling.max_new_tokens)
-        cache = attention.KVCache(self.model.config, rows, max_prompt + longest, self.dtype, meta)
+        cache = attention.KVCache(self.model.config, rows, self._room(max_prompt, longest), self.dtype, meta)
         spec = self.method.record_spec(self.model.config.hidden_size, sampling)
         weights = [*self.model.parameters(), *self.method.parameters(), *(layer.weight for layer in self.packed_layers)]
         return {"weights": sum(w.nbytes for w in weights), "keys and values": sum(x.nbytes for x in (*cache.keys, *cache.values)),
@@ -196,8 +199,12 @@ class HFEngine:
         read = self._prefilled
         row_B = torch.tensor([row_of[r.prompt.id] for r in requests], device=self.device)
         cache, longest = read.cache.view(), read.cache.keys[0].shape[2]
-        cache.select(row_B, used=longest, room=longest + max_new)
+        cache.select(row_B, used=longest, room=self._room(longest, max_new))
         return read.hidden_SD[row_B], cache, read.length_S[row_B]
+
+    def _room(self, longest_prompt: int, max_new: int) -> int:
+        """Cache places of a row; compiled, one graph serves all longest prompts up to the next power of two."""
+        return (1 << (longest_prompt - 1).bit_length() if self.config.compile else longest_prompt) + max_new
 
     def _read(self, key: tuple, prompts: Sequence[Sequence[int]]) -> Prefill:
         layout = varlen([len(ids) for ids in prompts]).to(self.device)
@@ -220,6 +227,15 @@ class HFEngine:
         rows.place_B += 1
         rows.time_B += 1
         self.draw(rows, hidden_BD, buffers, sampling)
+
+    def _compiled(self) -> Callable[..., None]:
+        compiled = torch.compile(self.step, fullgraph=True, dynamic=False)
+
+        def step(*args) -> None:
+            with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+                compiled(*args)
+
+        return step
 
     def draw(self, rows: Rows, hidden_BD: Tensor, buffers: Buffers, sampling: Sampling) -> None:
         """Draw a token from each hidden state, let the method decide, write down what happened, make the next input."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -32,7 +33,7 @@ class Optimizer:
             betas=tuple(config.optim.betas), eps=config.optim.eps, fused=True)
         num_updates = config.num_steps * config.objective.num_epochs * config.objective.num_minibatches
         self.scheduler = get_scheduler(
-            config.optim.schedule, self.adamw, num_warmup_steps=round(config.optim.warmup_ratio * num_updates),
+            config.optim.schedule, self.adamw, num_warmup_steps=math.ceil(config.optim.warmup_ratio * num_updates),
             num_training_steps=num_updates)
 
     @property

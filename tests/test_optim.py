@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny
 import torch
+from transformers import TrainingArguments
 
 from fastlatent.config import load_config
 from fastlatent.optim import Optimizer
@@ -106,3 +107,15 @@ def test_a_schedule_by_name_scales_every_rate(name):
         assert [group["lr"] for group in ours.adamw.param_groups] == pytest.approx([SCHEDULES[name](step) * lr for lr in initial])
         give_gradients(ours, step)
         ours.step(torch.tensor(False))
+
+
+@pytest.mark.parametrize("ratio, num_steps", [(0.1, 934), (0.1, 4), (0.25, 8)])
+def test_the_warm_up_is_as_long_as_that_of_transformers(tmp_path, ratio, num_steps):
+    """The trainer of the published recipes is transformers'."""
+    wanted = TrainingArguments(output_dir=str(tmp_path), warmup_steps=ratio, use_cpu=True).get_warmup_steps(num_steps)
+    ours = optimizer("optim.schedule=constant_with_warmup", f"optim.warmup_ratio={ratio}", f"num_steps={num_steps}")
+    told, highest = [], 1e-3
+    while not told or told[-1] < highest:
+        told.append(ours.lr)
+        ours.pass_over(1)
+    assert told == pytest.approx([highest * step / wanted for step in range(wanted + 1)])

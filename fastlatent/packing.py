@@ -164,7 +164,8 @@ def pack(items: Sequence[Item], device: torch.device, share_prompts: bool = Fals
         fields["logprob"] += [rollout.logprobs[k] for k in acted]
         fields["advantage"] += item.advantages
         fields["weight"] += [item.weight] * len(acted)
-        if num_read := sum(rollout.latent[: C - 1]):  # the last token of a completion is not read, nor is its row of the record
+        # the last token of a completion is not read, nor is its row of the record
+        if rollout.trace is not None and (num_read := sum(rollout.latent[: C - 1])):
             traces.append((start, num_read, rollout.trace))
     T = len(token_ids)
     batch = Batch(

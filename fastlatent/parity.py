@@ -75,16 +75,12 @@ def probe(config: Config, policy: Policy, engine: RolloutEngine, prompts: Sequen
     rollouts = _draw(config, engine, prompts)
     items = [Item(r, 0.0, 0.0) for r in rollouts if any(r.acted)]
     deltas, latents = [], []
-    was_training = policy.model.training
-    policy.model.eval()  # the engine knows no dropout, and dropout would draw random numbers
-    try:
+    with policy.without_dropout():
         for chunk in microbatches(items, config.update.tokens_per_microbatch, config.update.share_prompts):
             batch = pack(chunk, policy.device, config.update.share_prompts)
             logprob_A = policy.method.score(policy, batch, config.sampling.temperature).logprob_A
             deltas.append((logprob_A.float() - batch.behaviour_logprob_A).abs())
             latents.append(batch.latent_T[batch.score_A])
-    finally:
-        policy.model.train(was_training)
     delta_A: Tensor = torch.cat(deltas).double()
     return Parity(config.engine.name, policy.dtype, len(delta_A), int(torch.cat(latents).sum()), delta_A.mean().item(),
                   delta_A.max().item())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from fastlatent_kernels import token_logprob
@@ -102,6 +102,16 @@ class Policy(nn.Module):
         with self._autocast():
             return base.model(inputs_embeds=input_1TD, position_ids=batch.position_T[None], use_cache=False,
                               layout=attention.Packed(batch.varlen, flash=self.flash)).last_hidden_state[0].to(self.dtype)
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Inside the block the model computes as an engine does, and draws no random numbers."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [T, D] of a packed batch, its latent inputs rebuilt by the method."""

@@ -84,7 +84,7 @@ class Updater:
             result.add_statistics(self.method.group_statistics(group))
         minibatches = self._minibatches(groups)
         if objective.num_epochs * len(minibatches) > 1:
-            # in a single pass the recomputed old log-probabilities would equal the new ones bit for bit
+            # in a single pass they would equal the new log-probabilities bit for bit, but for dropout
             self._score_old(minibatches)
         self._measure(minibatches, result)
         if objective.kl_coef > 0:
@@ -119,7 +119,7 @@ class Updater:
 
     @torch.no_grad()
     def _score_old(self, minibatches: list[list[Microbatch]]) -> None:
-        with span("score_old") as scoring, apart():
+        with span("score_old") as scoring, apart(), self.policy.without_dropout():
             for batch in _batches(minibatches):
                 batch.old_logprob_A = self.method.score(self.policy, batch, self.temperature).logprob_A
             scoring.tokens = sum(batch.num_tokens for batch in _batches(minibatches))
@@ -136,7 +136,7 @@ class Updater:
         for batch in _batches(minibatches):
             logprob_A = batch.old_logprob_A if is_same else None
             if logprob_A is None and needs_pass:
-                with span("score_old", batch.num_tokens), apart():
+                with span("score_old", batch.num_tokens), apart(), self.policy.without_dropout():
                     logprob_A = self.method.score(self.policy, batch, config.sampling.temperature).logprob_A
             if logprob_A is not None:
                 result.gaps.append(mismatch.measure(batch, logprob_A, config.mismatch))

@@ -289,6 +289,20 @@ def test_at_another_temperature_our_own_engine_is_not_scored_again():
     assert updated(policy, groups, config(score_temperature=1.0))[0].gaps == []
 
 
+@pytest.mark.parametrize("objective, correction", [({"num_epochs": 2}, "none"), ({}, "token_mask")])
+def test_dropout_of_adapters_is_no_mismatch(objective, correction):
+    """What was drawn without dropout is scored without: old log-probabilities and importance weights are the engine's own."""
+    policy = tiny.policy("grpo", lora=LoraConfig(r=4, dropout=0.5))
+    for name, parameter in policy.trainable().items():
+        if "lora_B" in name:  # 0 at first, and A's dropout would not show
+            torch.nn.init.normal_(parameter, std=0.3)
+    groups = drawn(policy, tiny.engine(policy, *ENDS))
+    policy.model.train()
+    result, _ = updated(policy, groups, config(correction, **objective))
+    assert mismatch.summary(result.gaps)["sampling/sampling_logp_difference/max"] < 2e-4
+    assert policy.model.training  # learning goes on with dropout
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 WORDS = [

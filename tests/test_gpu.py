@@ -58,6 +58,15 @@ def test_replay_on_the_device(recipe, dtype, device, model):
         assert gaps(policy, rollouts, temperature, is_shifted=True).max() > 10 * FP32_TOLERANCE
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_replay_of_completions_cut_while_they_think_on_the_device(device, model):
+    """Their last latents are read by nobody, and lie where a sibling's first one does if they are laid out."""
+    config = configured("hrpo_quickstart", model, device, "float32", "thinking.max_tokens=null", "thinking.force=null", "thinking.stop=[]")
+    policy, rollouts = drawn(config)
+    assert sum(r.latent[-1] for r in rollouts) > 4
+    assert gaps(policy, rollouts, config.sampling.temperature).max() <= FP32_TOLERANCE
+
+
 def assert_same_but_for_a_tie(got: list[Rollout], want: list[Rollout]) -> None:
     """Two scores that rounding reorders may change one completion, from there on."""
     assert sum(g.token_ids != w.token_ids for g, w in zip(got, want, strict=True)) <= 1

@@ -41,7 +41,8 @@ class LiveView:
 
     def __enter__(self) -> LiveView:
         self._started = monotonic()
-        if self.mode == "auto" and self.console.is_terminal:
+        # a dumb terminal (TERM=dumb: editors, some CI logs) cannot draw over its lines: rich would show nothing until the end
+        if self.mode == "auto" and self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(console=self.console, get_renderable=self._panel, refresh_per_second=2)
             self._live.start()
         return self

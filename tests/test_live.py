@@ -32,6 +32,14 @@ def test_without_a_live_view_lines_are_whole_and_off_leaves_only_notes(mode, fil
     assert out.getvalue() == expected
 
 
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    out = Terminal()
+    with LiveView(20, "auto", out) as view:
+        view.step(METRICS)
+        assert out.getvalue() == f"{LINE}\n"
+
+
 def test_on_a_terminal_the_view_shows_progress_numbers_and_time(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")

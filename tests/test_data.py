@@ -154,6 +154,10 @@ GOOD = {"question": "q", "answer": "a"}
     ("[", "line 2: not JSON"),
     ('{"question": "q", "answer": NaN}', "line 2: not JSON .NaN"),
     ("[" * 100_000, "line 2: not JSON"),
+    ('{"question": "q", "answer": "a", "answer": "b"}', "line 2: not JSON .'answer' is there twice"),
+    ('{"question": "q", "answer": "a", "more": [{"x": 1, "x": 1}]}', "line 2: not JSON .'x' is there twice"),
+    (r'{"question": "half \ud83d", "answer": "a"}', r"line 2: not Unicode: \\ud83d is half a surrogate pair"),
+    (r'{"question": "q", "answer": "a", "more": [{"\uDE00": 1}]}', r"line 2: not Unicode: \\ude00 is half"),
     (["q", "a"], "line 2: wanted a JSON object, got list"),
     ({"qestion": "q", "answer": "a"}, "line 2: there is no column 'question'; did you mean 'qestion'"),
     ({"question": "q", "zz": "a"}, "line 2: there is no column 'answer'; it has question, zz"),
@@ -171,6 +175,13 @@ def test_a_malformed_row_is_named(tmp_path, row, reason):
     assert str(raised.value).startswith(path) and "\n" not in str(raised.value)
 
 
+def test_what_editors_and_other_systems_leave_in_a_file_is_no_part_of_it(tmp_path):
+    path, text = tmp_path / "a.jsonl", "one\u2028two\u0085\U0001f600"
+    rows = [json.dumps({"question": text, "answer": "a"}, ensure_ascii=is_ascii).encode() for is_ascii in (True, False)]
+    path.write_bytes(b"\xef\xbb\xbf" + rows[0] + b"\r\n \t\r\n" + rows[1] + b"\r\n\n\n")
+    assert [(e.question, e.source) for e in read(str(path)).train] == [(text, f"{path}, line 1"), (text, f"{path}, line 3")]
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD)
     (tmp_path / "empty.jsonl").write_text("\n\n")
@@ -181,6 +192,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         (dict(train=str(tmp_path / "empty.jsonl")), "empty.jsonl: holds no rows"),
         (dict(train=str(tmp_path / "latin.jsonl")), "latin.jsonl, line 1: not UTF-8 at byte 18"),
         (dict(train=""), "data.train: wanted a file"),
+        (dict(train="~nobody-of-this-name/a.jsonl"), "~nobody-of-this-name/a.jsonl: cannot be read .No such file"),
         (dict(train=path, held_out=path, held_out_size=1), "data.held_out_size: .* not both"),
         (dict(train=path, held_out_size=1), r"data.held_out_size: wanted 0 to 0, as .* has 1 rows, got 1"),
         (dict(train=path, held_out_size=-1), "data.held_out_size"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Optional
 
 from fastlatent.data.base import DATASETS, Dataset, Example
@@ -45,7 +46,7 @@ def read_jsonl(path: str, first_id: int, config: RowsConfig) -> list[Example]:
     """Every row of the file, with ids from `first_id` on; UserError naming the line that is malformed."""
     examples = []
     try:
-        with Path(path).expanduser().open("rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     source = f"{path}, line {number}"
@@ -59,7 +60,7 @@ def read_jsonl(path: str, first_id: int, config: RowsConfig) -> list[Example]:
 
 def _object(line: bytes, source: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig").rstrip(), parse_constant=_refuse_constant)
+        row = json.loads(line.decode("utf-8-sig").rstrip(), parse_constant=_refuse_constant, object_pairs_hook=_object_once)
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
@@ -69,7 +70,20 @@ def _object(line: bytes, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{source}: wanted a JSON object, got {type(row).__name__}")
+    # no tokenizer and no file takes half a surrogate pair; only an escape can bring one past the decoding above
+    if rb"\u" in line and (half := re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))):
+        raise UserError(f"{source}: not Unicode: \\u{ord(half[0]):04x} is half a surrogate pair")
     return row
+
+
+def _object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Two values under one name: which is meant, nobody can tell."""
+    out: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in out:
+            raise ValueError(f"{name!r} is there twice")
+        out[name] = value
+    return out
 
 
 def _refuse_constant(name: str) -> None:

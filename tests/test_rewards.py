@@ -51,6 +51,7 @@ def judge(prompt, completion, answer, **columns):
     if completion == "list": return [1.0]
     if completion == "nan": return float("nan")
     if completion == "inf": return float("inf")
+    if completion == "huge": return 10**400
     if completion == "none": return None
     if completion == "true": return True
     if completion == "print":
@@ -274,7 +275,7 @@ MISHAPS = {
     "bomb": ("memory_errors", "out of memory"), "slow bomb": ("memory_errors", "out of memory"),
     "text": ("invalid", "returned '1.0', wanted"), "list": ("invalid", "returned [1.0]"),
     "nan": ("invalid", "returned nan"),
-    "inf": ("invalid", "returned inf")}
+    "inf": ("invalid", "returned inf"), "huge": ("invalid", "returned 1000")}
 
 
 @pytest.mark.parametrize("mishap", MISHAPS)
@@ -399,6 +400,15 @@ def test_an_interrupted_call_leaves_no_answers_behind(user_rewards):
         signal.signal(signal.SIGALRM, previous)
     assert [r.values["judge"] for r in results] == [None, 1.0]
     assert report.num_exceptions == 1
+
+
+def test_functions_are_found_in_a_folder_of_any_name(tmp_path, monkeypatch):
+    folder = tmp_path / "a:b é '\" "
+    folder.mkdir()
+    (folder / "in_odd_folder.py").write_text("def one(completion):\n    return 1.0\n")
+    monkeypatch.chdir(folder)
+    with RewardPool([RewardConfig(name="in_odd_folder.one")], num_workers=1) as pool:
+        assert pool.score(jobs("x"))[0][0].total == 1.0
 
 
 def test_workers_do_not_import_torch(user_rewards):

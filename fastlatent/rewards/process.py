@@ -32,7 +32,7 @@ class WorkerProcess:
         self.deadline_s = 0.0
         self._unsent = b""
         self._unread = b""
-        self.send(setup)
+        self.send(setup | {"import_path": _import_path()})
 
     @property
     def has_unsent(self) -> bool:
@@ -79,9 +79,14 @@ class WorkerProcess:
         return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
+def _import_path() -> list[str]:
+    """Ours and the current directory, where users keep their functions."""
+    return list(dict.fromkeys([*(path or os.getcwd() for path in sys.path), os.getcwd()]))
+
+
 def _environment() -> dict[str, str]:
-    """Ours, single threaded, with our import path and the current directory, where users keep their functions."""
-    paths = dict.fromkeys([*(path or os.getcwd() for path in sys.path), os.getcwd()])
+    """Ours, single threaded, with our import path: but for folders with a ':', which only the worker itself can add."""
+    paths = (path for path in _import_path() if os.pathsep not in path)
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 

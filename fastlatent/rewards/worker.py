@@ -31,6 +31,7 @@ def main(fd: int, parent_pid: int) -> None:
         connection.sendall(json.dumps(message).encode() + b"\n")
 
     setup = json.loads(lines.readline())
+    sys.path += [path for path in setup["import_path"] if path not in sys.path]
     try:
         rewards = [load_reward(**spec, columns=setup["columns"]) for spec in setup["rewards"]]
     except UserError as error:
@@ -75,6 +76,7 @@ def _outcome(reward: Reward, arguments: dict[str, Any]) -> dict[str, Any]:
     """{"value": float}, or {"missing": kind, "message": sentence} with a counter of RewardReport as the kind."""
     try:
         value = reward(arguments)
+        number = _number(value)
     except MemoryError:
         return {"missing": "num_memory_errors", "message": "out of memory"}
     except TimeoutError as error:
@@ -83,9 +85,17 @@ def _outcome(reward: Reward, arguments: dict[str, Any]) -> dict[str, Any]:
         return {"missing": "num_exceptions", "message": _describe(error)}
     if value is None:
         return {"missing": "num_none", "message": ""}
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if not math.isfinite(number):
         return {"missing": "num_invalid", "message": f"returned {_short(value)}, wanted a finite number or None"}
-    return {"value": float(value)}
+    return {"value": number}
+
+
+def _number(value: Any) -> float:
+    """`value` as a float; not finite where it is no finite number, or too large for a float."""
+    try:
+        return float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def _describe(error: BaseException) -> str:

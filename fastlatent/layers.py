@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -74,7 +76,7 @@ def _recipe_folder() -> Path:
 def _layer_path(name: str, folder: Path) -> Path:
     """The file called `name`: a path, relative to `folder`, where it looks like one, else a recipe."""
     if name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
-        return folder / Path(name).expanduser()
+        return folder / os.path.expanduser(name)
     known = sorted(recipes())
     if name not in known:
         near = difflib.get_close_matches(name, known)
@@ -149,8 +151,10 @@ def _parse_value(key: str, text: str) -> Any:
         raise UserError(f"{key}: {text!r} is not valid yaml ({problem}); quote it twice: {key}='\"...\"'") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{key}: {_reason(error)}") from None
-    if isinstance(value, int) and ":" in text:
-        return text  # yaml reads `profile.steps=3:5` as three minutes and five seconds
+    if isinstance(value, (int, float)) and math.isfinite(value) and str(value) != text and text not in ("true", "false"):
+        # to an option that is a text yaml's 1e3, 007, 1_000, no and 3:5 (three minutes and five seconds) mean what they say; to
+        # one that is a number or a switch they mean the same, and are read when its type is known
+        return text
     # yaml reads `thinking.end=####` as a comment and `chat.suffix=` as null
     return text if value is None and text.strip() not in ("null", "Null", "NULL", "~") else value
 

@@ -113,6 +113,15 @@ def test_rewards_are_reached_by_index_and_replaced_as_a_list():
     ("chat.suffix=\" x\\n\"", " x\n"),
     ("chat.system=null", None),
     ("chat.system=a=b", "a=b"),
+    ("chat.system=007", "007"),  # 7 to yaml
+    ("out=2024_11_21", "2024_11_21"),
+    ("out=1e3", "1e3"),
+    ("chat.suffix=no", "no"),
+    ("thinking.end=0x10", "0x10"),
+    ("optim.lr=1_000.0", 1000.0),
+    ("num_steps=1_000", 1000),
+    ("eval.ablations=no", False),
+    ("model.liger=true", True),
     ("model.lora={}", LoraConfig()),
 ])
 def test_override_is_read_as_what_its_option_holds(word, want):
@@ -264,10 +273,10 @@ ERRORS = [
     ("model.dtype=float16", "model.dtype: 'float16' is not one of auto, float32, bfloat16; did you mean 'bfloat16'?"),
     ("model.device=gpu", "model.device: 'gpu' is not one of auto, cpu, cuda"),
     ("optim.schedule=cosin", "optim.schedule: 'cosin' is not one of "),
-    ("log.live=on", "log.live: 'True' is not one of auto, plain, quiet"),
+    ("log.live=on", "log.live: 'on' is not one of auto, plain, quiet"),
     ("log.trackers=[tensorbord]",
      "log.trackers.0: 'tensorbord' is not one of tensorboard, nor a dotted path to your own; did you mean"),
-    ("resume=yes", "resume: 'True' is not one of auto"),
+    ("resume=yes", "resume: 'yes' is not one of auto"),
 ]
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,14 +22,28 @@ USAGE = "python -m fastlatent.{command} RECIPE | FILE.yaml ... [key=value ...]"
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Call `main` with the command's words and exit with what it returns: 2 after a UserError, 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a run must not end because its log cannot spell a character
     try:
-        code = main(list(sys.argv[1:] if argv is None else argv))
+        argv = list(sys.argv[1:] if argv is None else argv)
+        if odd := next((word for word in argv if not _is_text(word)), None):
+            raise UserError(f"{odd!r}: wanted words in UTF-8")
+        code = main(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _is_text(word: str) -> bool:
+    """False where bytes of a word could not be decoded."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_writable(what: str, path: Path) -> None:
@@ -59,7 +74,9 @@ def parse_args(argv: Sequence[str], command: str = "train") -> tuple[list[str], 
     parser.add_argument("words", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="version", version=f"fastlatent {__version__}")
-    args = parser.parse_intermixed_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}; options are written without dashes, as in optim.lr=1e-6")
     if args.help:
         from fastlatent.helptext import help_text  # imports every family member
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlatent import log, manifest
-from fastlatent.cli import run_command
-from fastlatent.errors import UserError
+from fastlatent.cli import Parser, run_command
 from fastlatent.figures import draw, figures_of
 from fastlatent.metrics import NAMES
 from fastlatent.runfolder import leaves, read_config
@@ -138,10 +137,10 @@ def _page(title: str, parts: list[str]) -> str:
             f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n")
 
 
-def main(words: list[str]) -> None:
-    if len(words) != 1:
-        raise UserError("usage: python -m fastlatent.report RUN")
-    print(write_report(Path(words[0])))
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m fastlatent.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("run", metavar="RUN", help="run folder, as printed by training")
+    print(write_report(Path(parser.parse_args(argv).run)))
 
 
 if __name__ == "__main__":

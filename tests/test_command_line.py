@@ -1,9 +1,14 @@
 """What every command shares: one sentence and exit code 2 for bad input, and a --help that leaves nothing out."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import fastlatent
 from fastlatent import __version__
 from fastlatent.cli import parse_args, run_command
 from fastlatent.config import family, member_schema
@@ -35,6 +40,19 @@ def test_interruption_is_exit_code_130_and_success_0(capsys):
     assert exit_code(run_command, lambda argv: None, []) in (0, None)
     assert exit_code(run_command, lambda argv: 3, []) == 3
     assert capsys.readouterr() == ("", "")
+
+
+def test_words_that_are_no_text_are_bad_input(capsys):
+    assert exit_code(run_command, lambda argv: None, ["out=runs/é"]) in (0, None)
+    assert exit_code(run_command, lambda argv: None, ["out=runs/\udcff"]) == 2
+    assert capsys.readouterr() == ("", "error: 'out=runs/\\udcff': wanted words in UTF-8\n")
+
+
+def test_what_the_terminal_cannot_spell_is_escaped():
+    code = "from fastlatent.cli import run_command; run_command(lambda argv: print('\\u2192 \\ud800'))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(fastlatent.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u2192 \\ud800\n", b"")
 
 
 def test_a_bug_is_not_hidden():

@@ -97,4 +97,7 @@ def test_the_command_takes_one_run_folder(tmp_path, capsys):
         report.main([str(tmp_path)])
     with pytest.raises(SystemExit) as caught:
         run_command(report.main, [])
-    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: usage")
+    assert caught.value.code == 2 and capsys.readouterr().err == "error: the following arguments are required: RUN\n"
+    with pytest.raises(SystemExit) as caught:
+        run_command(report.main, ["--help"])
+    assert caught.value.code == 0 and "report.html" in capsys.readouterr().out

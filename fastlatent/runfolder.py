@@ -145,7 +145,7 @@ def _reopen(path: Path, argv: Sequence[str], fingerprint: str, backends: Mapping
 def _resumable(config: Mapping[str, Any], cwd: Path) -> Path:
     """The folder that `resume` means."""
     if config["out"]:
-        path = cwd / config["out"]
+        path = _chosen(config, cwd)
         if not (path / "config.yaml").is_file():
             raise UserError(f"resume: {path} holds no run to go on with")
         if difference := first_difference(config, read_config(path)):
@@ -160,10 +160,15 @@ def _resumable(config: Mapping[str, Any], cwd: Path) -> Path:
     raise UserError(f"{wanted}; the newest, {runs[0]}, differs in {differences[runs[0]]}" if runs else wanted)
 
 
+def _chosen(config: Mapping[str, Any], cwd: Path) -> Path:
+    """The folder that `out` names; no shell has expanded its `~` in a file, and not every one does in `out=~/run`."""
+    return cwd / os.path.expanduser(config["out"])
+
+
 def _create(config: Mapping[str, Any], cwd: Path) -> tuple[Path, int]:
     """An empty folder of our own and its lock."""
     if config["out"]:
-        path = cwd / config["out"]
+        path = _chosen(config, cwd)
         if path.exists() and not path.is_dir():
             raise UserError(f"out: {path} is a file, wanted a folder")
         if path.exists() and {entry.name for entry in path.iterdir()} - UNFINISHED:

@@ -96,6 +96,15 @@ def test_auto_takes_the_newest_run_of_this_very_configuration(tmp_path):
     folder.close()
 
 
+def test_out_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = run(tmp_path, [1], out="~/mine")
+    assert path == tmp_path / "home" / "mine" and not (tmp_path / "~").exists()
+    folder = start(tmp_path, out="~/mine", resume="auto")
+    assert folder.resumed.step == 1
+    folder.close()
+
+
 def test_out_with_resume_goes_on_with_that_folder(tmp_path):
     path = run(tmp_path, [1], out="mine")
     folder = start(tmp_path, out="mine", resume="auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ def resolve_model(path: str) -> str:
         return str(fetch())
     if not path:
         raise UserError("model.path: wanted a Hugging Face folder or hub name")
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         if not (folder / "config.json").is_file() and (folder / "config.yaml").is_file():
             raise UserError(f"model.path: {path} is a run folder; wanted a model, which python -m fastlatent.export {path} DIR "

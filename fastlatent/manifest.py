@@ -53,9 +53,12 @@ def read(folder: Path) -> dict[str, Any]:
     """The manifest of a run folder; UserError where there is none."""
     path = Path(folder) / "manifest.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable manifest of a run ({error})") from None
+    if not isinstance(manifest, dict) or not {"data_fingerprint", "sessions", "started", "hardware"} <= set(manifest):
+        raise UserError(f"{path}: not the manifest of a run")
+    return manifest
 
 
 def session(argv: Sequence[str], backends: Mapping[str, str]) -> dict[str, Any]:

@@ -274,10 +274,13 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step
-        self.policy.restore(checkpoint)
-        self.optimizer.load(checkpoint.tensors["optimizer"], checkpoint.state)
-        self.held_out.load(checkpoint.state)
-        self.guard.load(checkpoint.state["guard"])
+        try:
+            self.policy.restore(checkpoint)
+            self.optimizer.load(checkpoint.tensors["optimizer"], checkpoint.state)
+            self.held_out.load(checkpoint.state)
+            self.guard.load(checkpoint.state["guard"])
+        except KeyError as error:
+            raise UserError(f"{checkpoint.path}: holds no {error}; another version of fastlatent may have written it") from None
         for row in log.read(self.run_folder.path / "metrics.jsonl"):
             self.alarm.step(row)
 

@@ -396,10 +396,17 @@ def of_another_method(path: Path) -> None:
     checkpoint.save(path.parent.parent, stored.step, stored.tensors, stored.state)
 
 
+def of_another_version(path: Path) -> None:
+    stored = checkpoint.load(path)
+    del stored.state["guard"]
+    checkpoint.save(path.parent.parent, stored.step, stored.tensors, stored.state)
+
+
 @pytest.mark.parametrize("damage, sentence", [
     (flip_a_byte, "weights.safetensors: its SHA-256 is not the one in COMPLETE: the file is corrupt"),
     (cut, "optimizer.safetensors: has 100 bytes, wanted "),
     (of_another_model, "step-000004: model.lm_head.weight is [3, 3], wanted ["),
+    (of_another_version, "step-000004: holds no 'guard'; another version of fastlatent may have written it"),
     (of_another_method, "step-000004: does not fit this model: 'method.gate_lambda' is in only one of the two"),
 ])
 def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_sentence(inside, uninterrupted, capsys, damage, sentence):

@@ -200,6 +200,8 @@ def damage_checkpoint(path):
      "config.yaml: not the configuration"),
     (lambda cwd: (run(cwd, out="mine") / "manifest.json").unlink(), {"resume": "auto", "out": "mine"},
      "manifest.json: not a readable"),
+    (lambda cwd: (run(cwd, out="mine") / "manifest.json").write_text("{}"), {"resume": "auto", "out": "mine"},
+     "manifest.json: not the manifest"),
     (lambda cwd: damage_checkpoint(run(cwd, [1], out="mine")), {"resume": "auto", "out": "mine"},
      "state.json: .*truncated"),
     (lambda cwd: run(cwd, out="mine"), {"resume": "auto", "out": "mine", "fingerprint": "data-2"},

@@ -1,13 +1,12 @@
 """Score a trained run on a file: `python -m fastlatent.evaluate RUN --data FILE` prints accuracy, pass@k with 95 percent
-intervals, lengths and the latent share, and writes every sample to a jsonl file."""
+intervals, lengths and the latent share, and writes every sample to a jsonl file. Right is what the first reward gives 1."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from fastlatent import build, evaluation
 from fastlatent.cli import Parser, check_writable, run_command
@@ -16,6 +15,7 @@ from fastlatent.data.chat import encode_prompt
 from fastlatent.data.rows import RowsConfig
 from fastlatent.errors import UserError
 from fastlatent.evaluation import Sample
+from fastlatent.log import json_line
 from fastlatent.rewards.pool import RewardPool
 from fastlatent.schema import Config
 from fastlatent.step_metrics import sample_row
@@ -28,9 +28,14 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half width of the 95 percent interval of a mean over questions (normal approximation)."""
-    return 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 percent interval of a mean over questions of values from 0 to 1: the means p for which theirs is at most 1.96
+    standard errors sqrt(p (1 - p) / n) away (Wilson 1927). Values that are shares vary less than p (1 - p), and it is too wide
+    for them, never too narrow; where all answers are right it does not claim that none could be wrong."""
+    n, mean, z2 = len(values), fmean(values), 1.96**2
+    half = math.sqrt(z2 * mean * (1 - mean) / n + (z2 / (2 * n)) ** 2)
+    low, high = ((mean + z2 / (2 * n) + sign * half) / (1 + z2 / n) for sign in (-1, 1))
+    return max(0.0, min(low, mean)), min(1.0, max(high, mean))  # at 0 and 1 rounding could leave the mean outside
 
 
 def report(samples: Sequence[Sample], num_samples: int) -> list[str]:
@@ -42,7 +47,8 @@ def report(samples: Sequence[Sample], num_samples: int) -> list[str]:
     while k <= num_samples:
         values = [pass_at_k(num_samples, c, k) for c in correct]
         name = "accuracy" if num_samples == 1 else f"pass@{k}"
-        lines.append(f"{name:9s} {fmean(values):.4f} +- {interval(values):.4f}")
+        low, high = interval(values)
+        lines.append(f"{name:9s} {fmean(values):.4f}, 95% interval {low:.4f} to {high:.4f}")
         k *= 2
     rollouts = [s.rollout for s in samples]
     lengths = [len(r.token_ids) for r in rollouts]
@@ -92,9 +98,14 @@ def main(argv: list[str]) -> None:
         samples = evaluation.evaluate(
             trained.engine(), prompts, build.sampling_of(config, greedy=not args.samples), args.samples or 1, tokenizer, pool,
             config.thinking.end)
+    missing = evaluation.missing_lines(samples, pool.report)
+    print("\n".join([f"checkpoint {trained.path}", *report(samples, args.samples or 1), *missing]))
     out = Path(args.out or Path(args.run) / f"evaluation-{trained.step:06d}.jsonl")
-    out.write_text("".join(json.dumps(sample_row(trained.step, s)) + "\n" for s in samples))
-    print("\n".join([f"checkpoint {trained.path}", *report(samples, args.samples or 1), f"samples   {out}"]))
+    try:
+        out.write_bytes(b"".join(json_line(sample_row(trained.step, s)) for s in samples))
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error.strerror})") from None
+    print(f"samples   {out}")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,14 @@ def accuracy(samples: Sequence[Sample]) -> float:
     return fmean(sample.is_correct for sample in samples)
 
 
+def missing_lines(samples: Sequence[Sample], report: RewardReport) -> list[str]:
+    """One line where samples count as wrong only because the deciding reward is missing, with a reason from the report."""
+    name = next(iter(samples[0].result.values))
+    num_missing = sum(sample.result.values[name] is None for sample in samples)
+    why = next((f" ({error})" for error in report.errors if error.startswith(f"{name}: ")), "")
+    return [f"warning: {num_missing} of {len(samples)} have no reward {name} and count as wrong{why}"] if num_missing else []
+
+
 class _Ablated(Method):
     """A method with its latents taken away (`off`), or each row fed its neighbour's (`shuffled`)."""
 

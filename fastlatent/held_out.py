@@ -50,11 +50,12 @@ class HeldOut:
     def measure(self, step: int) -> Measured:
         """Accuracy and lengths, greedy and sampled; where the run starts also the ablations."""
         greedy = self.last_greedy = self._draw(step)
+        missing = evaluation.missing_lines(greedy, self.pool.report)
         sampled = self._draw(step, num_samples=n, greedy=False) if (n := self.config.eval.num_samples) else []
         ablations = self._ablations(step) if step == 0 and self.is_start_ablated else {}
         metrics = step_metrics.of_evaluation(step, greedy, sampled) | step_metrics.of_ablations(step, ablations)
         lines = [f"step 0: {line}" for line in step_metrics.ablation_lines(ablations, {})]
-        return Measured(metrics, [step_metrics.evaluation_line(metrics), *lines])
+        return Measured(metrics, [step_metrics.evaluation_line(metrics), *missing, *lines])
 
     def remember(self, step: int, accuracy: float) -> bool:
         """Keep in mind that `step` was measured; whether it answered best so far. Untrained weights never do."""

@@ -21,12 +21,17 @@ class StepLog:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._cut(self.path.read_bytes() if self.path.exists() else b"")
-        self._file = open(self.path, "ab")
+        self._file = open(self.path, "ab", buffering=0)  # a buffer would try again, and fail again, when it is closed
 
     def append(self, *rows: dict) -> None:
-        """Write rows, each with its `step`, in one go."""
-        self._file.write(b"".join(_line(row) for row in rows))
-        self._file.flush()
+        """Write rows, each with its `step`, in one go: all of them, or none and OSError."""
+        start, content = self.position(), memoryview(b"".join(json_line(row) for row in rows))
+        try:
+            while content:  # a full disk takes a part
+                content = content[self._file.write(content):]
+        except OSError:
+            self.truncate(start)
+            raise
 
     def position(self) -> int:
         """Where the log ends now, for a checkpoint to remember."""
@@ -71,7 +76,8 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].split(b"\n") if line]
 
 
-def _line(row: dict) -> bytes:
+def json_line(row: dict) -> bytes:
+    """A row as a line of the file, nan and infinities as null."""
     return json.dumps(_finite(row), allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
 

@@ -199,7 +199,8 @@ class UpdateConfig:
 @dataclass(kw_only=True)
 class EvalConfig:
     every: int = 0
-    """Evaluate on held-out data every this many steps, before the first and after the last; 0: never."""
+    """Evaluate on held-out data every this many steps, before the first and after the last; 0: never. Right is a completion to
+    which the first of `rewards` gives 1."""
     num_prompts: int = 128
     """Held-out prompts used; 0: all."""
     num_samples: int = 0

@@ -73,6 +73,6 @@ def _choose(folder: Path, which: str) -> Path:
     if which == "best":
         newest = checkpoint.load(next(reversed(found.values())))
         return found.get(newest.state["best_step"], newest.path)
-    if not which.isdigit() or int(which) not in found:
+    if not which.isdecimal() or int(which) not in found:
         raise UserError(f"--checkpoint: {which!r} is not best, last or one of the steps {', '.join(map(str, found))}")
     return found[int(which)]

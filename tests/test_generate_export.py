@@ -106,9 +106,16 @@ def test_pass_at_k_counts_subsets():
             assert pass_at_k(num_samples, num_correct, k) == pytest.approx(brute_force(num_samples, num_correct, k))
 
 
-def test_the_interval_is_of_a_mean():
-    # four questions whose variance is 1/3 with ddof 1
-    assert interval([0.0, 1.0, 1.0, 0.0]) == pytest.approx(1.96 * (1 / 3) ** 0.5 / 2)
+@pytest.mark.parametrize("num_right, num_questions", [(0, 1), (1, 1), (0, 5), (5, 5), (2, 4), (31, 128), (128, 128)])
+def test_the_interval_holds_the_means_that_do_not_contradict_what_was_seen(num_right, num_questions):
+    """Its ends lie 1.96 standard errors of their own from the mean that was seen, or at the end of what a mean can be."""
+    seen = num_right / num_questions
+    low, high = interval([1.0] * num_right + [0.0] * (num_questions - num_right))
+    assert 0 <= low <= seen <= high <= 1 and high - low > 0.02
+    for end in (low, high):
+        is_edge = seen in (0, 1) and end == pytest.approx(seen)
+        assert is_edge or abs(end - seen) == pytest.approx(1.96 * (end * (1 - end) / num_questions) ** 0.5)
+    assert interval([0.5] * 4) == interval([0.0, 0.0, 1.0, 1.0])  # shares: never narrower than if they were rights and wrongs
 
 
 def printed(out: str) -> dict[str, list[float]]:
@@ -129,7 +136,7 @@ def test_evaluate_says_what_its_samples_say(inside, capsys):
     for k in (1, 2, 4):
         values = [brute_force(4, int(c), k) for c in correct]
         assert numbers[f"pass@{k}"][0] == pytest.approx(fmean(values), abs=1e-4)
-        assert numbers[f"pass@{k}"][1] == pytest.approx(interval(values), abs=1e-4)
+        assert numbers[f"pass@{k}"][1:] == pytest.approx([95, *interval(values)], abs=1e-4)
     assert numbers["length"][0] == pytest.approx(fmean(row["num_tokens"] for row in rows), abs=0.051)
     assert numbers["length"][1] == pytest.approx(fmean(row["num_thinking"] for row in rows), abs=0.051)
     share = sum(row["num_latent"] for row in rows) / sum(row["num_tokens"] for row in rows)
@@ -144,6 +151,23 @@ def test_evaluation_afterwards_is_the_evaluation_of_training(inside, capsys):
         evaluate.main(["full", "--checkpoint", str(step), "--out", f"greedy-{step}.jsonl"])
         assert printed(capsys.readouterr().out)["accuracy"][0] == pytest.approx(logged[step], abs=1e-4)
         assert len(read(inside / f"greedy-{step}.jsonl")) == 4
+
+
+def test_rewards_that_cannot_be_had_are_told_and_null(inside, capsys):
+    source = (inside / "parity.py").read_text()
+    (inside / "parity.py").write_text("def parity(completion):\n    raise ValueError('not today')\n")
+    try:
+        evaluate.main(["plain", "--out", "missing.jsonl"])
+    finally:
+        (inside / "parity.py").write_text(source)
+    reason = "parity: ValueError: not today (parity.py:2)"
+    assert f"warning: 4 of 4 have no reward parity and count as wrong ({reason})\n" in capsys.readouterr().out
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    rows = [json.loads(line, parse_constant=refuse) for line in (inside / "missing.jsonl").read_text().splitlines()]
+    assert [row["reward"] for row in rows] == [None] * 4 and rows[0]["rewards"]["exact_number"] == 0.0
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------

@@ -87,6 +87,21 @@ def test_what_is_measured_is_what_the_engine_draws(held_out, monkeypatch):
     assert held_out.engine.method.__class__.__name__ == "HRPO"
 
 
+def test_held_out_answers_without_a_reward_are_told_as_such(held_out, monkeypatch):
+    score = held_out.pool.score
+
+    def broken(jobs):
+        results, report = score(jobs)
+        results[1].values["parity"], report.num_timeouts = None, 1
+        report.errors.append("parity: took more than 5 s")
+        return results, report
+
+    assert not any("warning" in line for line in held_out.measure(0).lines)
+    monkeypatch.setattr(held_out.pool, "score", broken)
+    lines = held_out.measure(0).lines
+    assert lines[1] == "warning: 1 of 4 have no reward parity and count as wrong (parity: took more than 5 s)"
+
+
 def test_a_finished_run_that_is_opened_again_finds_the_same(inside):
     """Its engine has drawn nothing yet, and nothing is left to evaluate."""
     words = [*WORDS, "num_steps=1", "mismatch.probe_tokens=0", "log.live=quiet", "out=run"]

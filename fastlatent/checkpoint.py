@@ -52,23 +52,11 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     root.mkdir(parents=True, exist_ok=True)
     _sync(root.parent)
     temporary = Path(mkdtemp(prefix=".tmp-", dir=root))
-    temporary.chmod(0o755)  # mkdtemp makes private folders
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        digests = {}
-        for group, named in tensors.items():
-            path = temporary / f"{group}.safetensors"
-            save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path, {"format": "pt"})
-            # hashing and syncing release the GIL: they overlap each other and the writing of the next group
-            digests[path.name] = pool.submit(_sha256, path), pool.submit(_sync, path)
-        path = temporary / "state.json"
-        path.write_text(json.dumps(state))
-        digests[path.name] = pool.submit(_sha256, path), pool.submit(_sync, path)
-        files = {name: {"sha256": digest.result(), "size": (temporary / name).stat().st_size}
-                 for name, (digest, synced) in digests.items() if synced.result() is None}
-    marker = temporary / MARKER
-    marker.write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
-    _sync(marker)
-    _sync(temporary)
+    try:
+        _write(temporary, step, tensors, state)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would be in the way of going on
+        raise
     path = _publish(temporary, step)
     _prune(root, keep, protect)
     return path
@@ -169,6 +157,27 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, dict]]:
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Fill `folder` with a checkpoint and wait until it is on the disk; the marker comes last."""
+    folder.chmod(0o755)  # mkdtemp makes private folders
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        digests = {}
+        for group, named in tensors.items():
+            path = folder / f"{group}.safetensors"
+            save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path, {"format": "pt"})
+            # hashing and syncing release the GIL: they overlap each other and the writing of the next group
+            digests[path.name] = pool.submit(_sha256, path), pool.submit(_sync, path)
+        path = folder / "state.json"
+        path.write_text(json.dumps(state))
+        digests[path.name] = pool.submit(_sha256, path), pool.submit(_sync, path)
+        files = {name: {"sha256": digest.result(), "size": (folder / name).stat().st_size}
+                 for name, (digest, synced) in digests.items() if synced.result() is None}
+    marker = folder / MARKER
+    marker.write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+    _sync(marker)
+    _sync(folder)
 
 
 def _marker(path: Path) -> tuple[int, dict[str, dict]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
@@ -61,7 +62,10 @@ def main(argv: list[str]) -> None:
     run_config(args.run)
     check_writable("DIR", folder)
     trained = open_run(args.run, args.checkpoint, args.device)
-    export(trained, folder, DTYPES[args.dtype])
+    try:
+        export(trained, folder, DTYPES[args.dtype])
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
+        raise UserError(f"DIR: {folder} cannot be written ({getattr(error, 'strerror', None) or error})") from error
     print(f"{folder}: {trained.path.name} of {args.run} as a Hugging Face checkpoint"
           + (" with method.safetensors" if (folder / "method.safetensors").exists() else ""))
 

@@ -12,12 +12,14 @@ import fcntl
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastlatent import checkpoint, manifest
@@ -31,12 +33,18 @@ IGNORED = ("out", "resume", "log", "profile")
 UNFINISHED = {".lock", "manifest.json", ".manifest.json.tmp", ".config.yaml.tmp"}
 """What a process leaves that was killed before its run had a config.yaml."""
 
+BEGINNING = UNFINISHED | {"config.yaml", "metrics.jsonl", "samples.jsonl"}
+"""All that there is of a run before its first step."""
+
 
 class RunFolder:
-    """An open run folder. `resumed` is the verified checkpoint to go on from; None for a run that starts at step 0."""
+    """An open run folder. `resumed` is the verified checkpoint to go on from; None for a run that starts at step 0.
 
-    def __init__(self, path: Path, lock: int, keep: int, resumed: Checkpoint | None):
-        self.path, self.resumed, self._lock, self._keep = path, resumed, lock, keep
+    As a context manager it is closed in the end, and gone where an exception ends a new run that has written nothing yet.
+    """
+
+    def __init__(self, path: Path, lock: int, keep: int, resumed: Checkpoint | None, is_new: bool = False):
+        self.path, self.resumed, self._lock, self._keep, self._is_new = path, resumed, lock, keep, is_new
         self._metrics, self._samples = MetricsLog(path), StepLog(path / "samples.jsonl")
         place = resumed.state["logs"] if resumed else {"metrics": 0, "samples": 0}
         self._metrics.truncate(place["metrics"])
@@ -59,7 +67,7 @@ class RunFolder:
             if path is None:
                 path, lock = _create(config, Path(cwd))
                 _fill(path, config, argv, fingerprint, backends or {})
-                return cls(path, lock, keep, None)
+                return cls(path, lock, keep, None, is_new=True)
             lock = _take(path)
             try:
                 return cls(path, lock, keep, _reopen(path, argv, fingerprint, backends or {}))
@@ -76,16 +84,41 @@ class RunFolder:
 
     def log(self, metrics: Mapping[str, float], samples: Sequence[dict] = ()) -> None:
         """Append a line to metrics.jsonl and the rows to samples.jsonl."""
-        self._metrics.append(dict(metrics))
-        self._samples.append(*samples)
+        with self.writing():
+            self._metrics.append(dict(metrics))
+            self._samples.append(*samples)
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any],
              protect: Collection[int] = ()) -> Path:
         """Publish a checkpoint that also remembers how far the logs are; `protect` holds steps to keep besides."""
-        self._metrics.sync()
-        self._samples.sync()
-        place = {"metrics": self._metrics.position(), "samples": self._samples.position()}
-        return checkpoint.save(self.path, step, tensors, state | {"logs": place}, self._keep, protect)
+        with self.writing():
+            self._metrics.sync()
+            self._samples.sync()
+            place = {"metrics": self._metrics.position(), "samples": self._samples.position()}
+            return checkpoint.save(self.path, step, tensors, state | {"logs": place}, self._keep, protect)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """UserError where the folder takes nothing more: a full disk, a quota, a network drive that went away."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
+            newest = next(reversed(checkpoint.find(self.path)), None)
+            there = "no checkpoint is there" if newest is None else f"step {newest} is there"
+            raise UserError(f"{self.path}: cannot be written any more ({getattr(error, 'strerror', None) or error}); {there}; "
+                            f"when it can, go on with out={self.path} resume=auto") from error
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        is_empty = not self._metrics.position() and not checkpoint.find(self.path)
+        self.close()
+        if kind is not None and self._is_new and is_empty:
+            for name in BEGINNING:
+                (self.path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else put something there
+                self.path.rmdir()
 
     def close(self) -> None:
         self._metrics.close()

@@ -70,9 +70,8 @@ class Trainer:
         held_out = self.inputs.held_out()
         with ExitStack() as opened:
             self.pool = opened.enter_context(RewardPool(config.rewards, columns=self.inputs.columns()))
-            self.run_folder = RunFolder.open(
-                to_dict(config), list(argv) or sys.argv, self.inputs.dataset.fingerprint(), build.backends(config))
-            opened.callback(self.run_folder.close)
+            self.run_folder = opened.enter_context(RunFolder.open(
+                to_dict(config), list(argv) or sys.argv, self.inputs.dataset.fingerprint(), build.backends(config)))
             self.trackers.start(self.run_folder.path)
             opened.callback(self.trackers.close)
             self.policy = build.policy(config, has_reference=config.objective.kl_coef > 0)
@@ -143,7 +142,8 @@ class Trainer:
             learnt = self._learn(commit)
             metrics = learnt.metrics
             reset_timings()  # a checkpoint after this step is part of the next line
-            self.guard.count(self.step, learnt.result, metrics)
+            with self.run_folder.writing():
+                self.guard.count(self.step, learnt.result, metrics)
             self.run_folder.log(metrics, learnt.rows)
             self.trackers.log(metrics, self.step)
             view.step(metrics)
@@ -291,7 +291,8 @@ class Trainer:
             self._log_measured(self.held_out.ablate(self.step), view)
         if (line := self.alarm.summary()) is not None:
             view.note(line)
-        write_report(self.run_folder.path)
+        with self.run_folder.writing():
+            write_report(self.run_folder.path)
         view.note(f"done: {self.run_folder.path} (report.html, metrics.jsonl, samples.jsonl, checkpoints)")
 
     def close(self) -> None:

@@ -166,11 +166,12 @@ def test_the_good_words_of_these_tests_get_as_far_as_the_model(inside):
         train.main([*GOOD, "out=good"])
 
 
-def test_what_was_opened_is_closed_when_a_later_part_fails(inside, monkeypatch):
-    """A second attempt in the same process finds the folder unlocked."""
+def test_a_start_that_fails_leaves_nothing_behind_and_nothing_open(inside):
+    before = everything(inside)
     for _ in range(2):
         with pytest.raises(AssertionError, match="a model was loaded"):
-            train.main([*GOOD, "out=retried", *(["resume=auto"] if Path("retried").exists() else [])])
+            train.main([*GOOD, "out=failed"])
+        assert everything(inside) == before
 
 
 def test_a_model_name_that_does_not_exist_without_network(inside, capsys, monkeypatch):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastlatent import build, checkpoint, evaluate, export, generate, train
 from fastlatent.cli import run_command
+from fastlatent.errors import UserError
 from fastlatent.evaluate import interval, pass_at_k
 from fastlatent.log import read
 from fastlatent.packing import varlen
@@ -231,7 +232,7 @@ def test_an_export_is_whole_or_absent(inside, tmp_path, monkeypatch, capsys):
         run_command(export.main, ["full", str(tmp_path / "there")])
     assert exit_.value.code == 2 and "exists already; wanted a new folder" in capsys.readouterr().err
     monkeypatch.setattr(export, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"new cannot be written \(disk full\)"):
         export.main(["full", str(tmp_path / "new")])
     assert os.listdir(tmp_path) == ["there"] and not os.listdir(tmp_path / "there")
 

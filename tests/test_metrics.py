@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 
 import fastlatent
 from fastlatent.live import SHOWN
@@ -100,6 +101,16 @@ def test_a_torn_last_line_is_not_read_and_does_not_spoil_the_next(tmp_path):
     assert read(path) == [{"step": 1}]
     MetricsLog(tmp_path).append({"step": 2, "reward": 1.0})
     assert read(path) == [{"step": 1}, {"step": 2, "reward": 1.0}]
+
+
+def test_a_disk_that_takes_no_more_leaves_whole_lines(tmp_path):
+    log = StepLog(tmp_path / "samples.jsonl")
+    log.append({"step": 1})
+    with full_disk(20), pytest.raises(OSError):
+        log.append({"step": 2, "reward": 1.0})
+    assert log.path.read_bytes() == b'{"step": 1}\n'
+    log.close()
+    assert read(log.path) == [{"step": 1}]
 
 
 def test_line_separators_of_a_completion_do_not_split_its_row(tmp_path):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from full_disk import full_disk
 from omegaconf import OmegaConf
 
 from fastlatent import checkpoint, manifest
@@ -172,6 +173,40 @@ def test_two_processes_cannot_write_one_run(tmp_path):
         start(tmp_path, out="mine", resume="auto")
     folder.close()
     start(tmp_path, out="mine", resume="auto").close()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_saved_to_go_on_from(tmp_path):
+    folder = start(tmp_path, out="mine")
+    for num_saved, there in enumerate(["no checkpoint is there", "step 1 is there"]):
+        sentence = rf"mine: cannot be written any more \(.*\); {there}; when it can, go on with out=.*mine resume=auto"
+        with full_disk():
+            with pytest.raises(UserError, match=sentence):
+                folder.log({"step": 1, "reward": 1.0})
+            with pytest.raises(UserError, match=sentence):
+                folder.save(2, {"weights": {"w": torch.zeros(1000)}}, {})
+        assert len(os.listdir(folder.path / "checkpoints")) == num_saved
+        folder.save(1, {"weights": {"w": torch.zeros(1000)}}, {})
+    folder.close()
+    again = start(tmp_path, out="mine", resume="auto")
+    assert again.resumed.step == 1 and not read(again.path / "metrics.jsonl")
+    again.close()
+
+
+def test_an_exception_takes_a_new_run_with_it_that_has_written_nothing_and_no_other(tmp_path):
+    def fail(folder):
+        with pytest.raises(ZeroDivisionError), folder:
+            1 / 0
+        return folder.path.exists()
+
+    assert not fail(start(tmp_path, out="new")) and not fail(start(tmp_path, out="new"))
+    logged = start(tmp_path, out="logged")
+    logged.log({"step": 0, "eval/accuracy": 1.0})
+    assert fail(logged)
+    run(tmp_path, out="begun")
+    assert fail(start(tmp_path, out="begun", resume="auto")) and (tmp_path / "begun" / "config.yaml").exists()
+    shared = start(tmp_path, out="shared")
+    (tmp_path / "shared" / "notes.txt").write_text("mine")
+    assert fail(shared) and os.listdir(tmp_path / "shared") == ["notes.txt"]
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------

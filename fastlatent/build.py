@@ -62,6 +62,11 @@ def sampling_of(config: Config, *, greedy: bool = False) -> Sampling:
     return Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, greedy)
 
 
+def has_latents(config: Config, policy: Policy) -> bool:
+    """Whether the method has latents at all."""
+    return bool(policy.method.record_spec(policy.method.model.width, sampling_of(config)))
+
+
 def tokenizer(config: Config):
     return models.load_tokenizer(models.resolve_model(config.model.path), config.model.trust_remote_code)
 

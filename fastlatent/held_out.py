@@ -37,8 +37,7 @@ class HeldOut:
                  pool: RewardPool):
         self.config, self.prompts, self.policy, self.engine = config, prompts, policy, engine
         self.tokenizer, self.pool = tokenizer, pool
-        has_latents = bool(engine.method.record_spec(policy.base.config.hidden_size, build.sampling_of(config)))
-        self.is_ablated = config.eval.ablations and has_latents
+        self.is_ablated = config.eval.ablations and build.has_latents(config, policy)
         self.is_start_ablated = self.is_ablated and config.sft is None  # what SFT starts from has no latents to take away
         self.last_greedy: list[Sample] = []
         self.evaluated_step, self.best_accuracy, self.best_step = -1, -1.0, None

@@ -38,13 +38,13 @@ class Drawn:
             self.counters[name] = self.counters.get(name, 0) + count
 
 
-def of_step(step: int, groups: Sequence[Group], samples: Sequence[Sample], drawn: Drawn, result: UpdateResult,
-            lr: float) -> dict[str, float]:
-    rollouts = [s.rollout for s in samples]
+def of_step(step: int, groups: Sequence[Group], samples: Sequence[Sample], drawn: Drawn, result: UpdateResult, lr: float, *,
+            has_latents: bool) -> dict[str, float]:
+    """`has_latents`: the method has them, and none in a step's completions is a share of 0."""
     out: dict[str, float] = {"step": step, "learning_rate": lr}
     out |= _rewards(groups, drawn)
-    if rollouts:
-        out |= _completions(samples)
+    if samples:
+        out |= _completions(samples, has_latents)
     out |= _update(result)
     out["num_tokens"] = drawn.num_tokens
     seconds = timings()
@@ -78,7 +78,7 @@ def _rewards(groups: Sequence[Group], drawn: Drawn) -> dict[str, float]:
     return out
 
 
-def _completions(samples: Sequence[Sample]) -> dict[str, float]:
+def _completions(samples: Sequence[Sample], has_latents: bool) -> dict[str, float]:
     rollouts = [s.rollout for s in samples]
     lengths = [len(r.token_ids) for r in rollouts]
     ended = [n for n, r in zip(lengths, rollouts, strict=True) if r.finish == "stop"]
@@ -92,7 +92,7 @@ def _completions(samples: Sequence[Sample]) -> dict[str, float]:
     }
     if ended:
         out["completions/mean_terminated_length"] = fmean(ended)
-    if any(r.trace is not None for r in rollouts):
+    if has_latents:
         steps = [sum(r.latent) for r in rollouts]
         out |= {"latent/steps_per_completion/mean": fmean(steps), "latent/frac_tokens": sum(steps) / sum(lengths)}
         reasons = [_exit(r) for r in rollouts]

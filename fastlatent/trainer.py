@@ -165,7 +165,8 @@ class Trainer:
                 result = self.update(groups, commit)
             commit()
             self.step += 1
-        metrics = step_metrics.of_step(self.step, groups, samples, drawn, result, self.optimizer.lr)
+        metrics = step_metrics.of_step(self.step, groups, samples, drawn, result, self.optimizer.lr,
+                                       has_latents=build.has_latents(self.config, self.policy))
         return Learnt(result, metrics, step_metrics.sample_rows(self.step, samples, self.config.log.samples), drawn.errors)
 
     def _collect(self) -> tuple[list[Group], list[Sample], step_metrics.Drawn]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from mixtures import FORCED, LATENT_GRPO, SEED, UNFORCED, batch_of, counters, policy_of, rollouts_of
 
+from fastlatent import step_metrics
+from fastlatent.alarms import CollapseAlarm
 from fastlatent.methods import latent_grpo
 from fastlatent.methods.base import METHODS, StepView
 from fastlatent.schema import AnswerConfig, ObjectiveConfig, ThinkingConfig
 from fastlatent.types import Sampling
+from fastlatent.update import UpdateResult
 
 
 # ---- where latents end ----------------------------------------------------------------------------------------------
@@ -127,6 +131,38 @@ def test_the_method_works_from_a_file_of_ones_own(tmp_path, monkeypatch):
 
 
 # ---- the log --------------------------------------------------------------------------------------------------------
+
+
+def completion(latent: str, thinking: str, *, forced_end=False, finish="stop") -> SimpleNamespace:
+    """A sample of as many tokens as the words have letters; x: it is latent, or drawn while thinking."""
+    is_latent, is_thinking = ([letter == "x" for letter in word] for word in (latent, thinking))
+    n = len(is_latent)
+    return SimpleNamespace(rollout=SimpleNamespace(
+        token_ids=[1] * n, latent=is_latent, thinking=is_thinking, num_thinking=sum(is_thinking), acted=[True] * n,
+        entropy=[0.5] * n, forced_end=forced_end, finish=finish, trace=object() if any(is_latent) else None))
+
+
+def logged(*samples: SimpleNamespace, has_latents=True) -> dict[str, float]:
+    metrics = step_metrics.of_step(1, [], samples, step_metrics.Drawn(), UpdateResult(), 0.1, has_latents=has_latents)
+    return {name: value for name, value in metrics.items() if name.startswith("latent/")}
+
+
+def test_lengths_shares_and_exits_of_latents_are_counted_by_hand():
+    ended, cut = completion("xx---", "xxx--"), completion("xxxx", "xxxx", finish="length")
+    forced = completion("xxx---", "xxx---", forced_end=True)
+    assert logged(ended, cut, cut, cut, forced, forced) == pytest.approx({
+        "latent/frac_tokens": 20 / 29, "latent/steps_per_completion/mean": 20 / 6, "latent/exit_end": 1 / 6,
+        "latent/exit_cut": 3 / 6, "latent/exit_forced": 2 / 6})
+    assert logged(ended, cut, has_latents=False) == {}
+
+
+def test_latents_that_are_gone_at_once_are_a_collapse():
+    """A step without a single latent says so: an alarm that is told nothing stays quiet. It sounds with the fourth."""
+    alarm = CollapseAlarm()
+    ended, empty = logged(completion("xx---", "xxx--")), logged(completion("--", "x-"))
+    assert empty["latent/frac_tokens"] == 0 and empty["latent/exit_end"] == 1
+    told = [text for row in [ended] * 8 + [empty] * 5 for text in alarm.step(row)]
+    assert len(told) == 1 and told[0].startswith("collapse: the latent share of the completions fell from 0.40 to 0.08")
 
 
 def test_the_log_tells_latents_from_tokens():

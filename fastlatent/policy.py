@@ -52,7 +52,6 @@ class Policy(nn.Module):
         check_supported(model, config)
         attention.use(model, "model.path")
         self.config, self.dtype = config, compute_dtype(config, model.device)
-        self.is_tied = model.get_input_embeddings().weight is model.lm_head.weight
         self.flash = flash.choose(config.attention, model.device, self.dtype, model.config)
         if config.liger:
             liger.check(model.config, model.device)
@@ -68,8 +67,7 @@ class Policy(nn.Module):
             model = get_peft_model(model, lora, autocast_adapter_dtype=True)
         elif config.freeze_embedding:
             model.get_input_embeddings().requires_grad_(False)
-            if self.is_tied:
-                model.lm_head.requires_grad_(False)
+            model.lm_head.requires_grad_(False)
         self.model = model
         if config.gradient_checkpointing:
             recompute.enable(self.base, config.gradient_checkpointing)

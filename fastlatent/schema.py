@@ -36,7 +36,7 @@ class ModelConfig:
     lora: Optional[LoraConfig] = None
     """Train low-rank adapters (peft) instead of every weight. `model.lora={}` turns it on with its defaults."""
     freeze_embedding: bool = False
-    """Leave the token embedding (and a tied head) as they are; implied by lora."""
+    """Leave the token embedding and the head as they are, tied or not; implied by lora."""
     attention: str = "auto"
     """How the update attends: flash (flash-attn 2 or 4, on a GPU in bfloat16), sdpa (torch's own) or auto: flash where it can
     run, else sdpa. The log says which."""

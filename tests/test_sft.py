@@ -103,7 +103,7 @@ def test_mixtures_are_read_with_the_noise_of_a_rollout_that_predicts_them():
 def in_float64(config, written: list[Demonstrated], step: int):
     """Loss and gradient norm with every input, mixture and mean written out, one demonstration at a time."""
     model = tiny.model().double()
-    model.lm_head.weight.requires_grad_(not config.model.freeze_embedding or not model.config.tie_word_embeddings)
+    model.lm_head.weight.requires_grad_(not config.model.freeze_embedding)
     table = model.get_input_embeddings().weight.requires_grad_(False)
     token_losses, divergences = [], []
     for demonstrated, prompt in zip(written, PROMPTS, strict=True):
@@ -193,7 +193,7 @@ def test_imitation_learns_latents_and_reasoning_goes_on_from_it(inside, capsys):
     steps = [row for row in read(run / "metrics.jsonl") if "sft/loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 61))
     assert steps[-1]["sft/token_loss"] < 0.3 * steps[0]["sft/token_loss"]
-    assert steps[-1]["sft/latent_kl"] < 0.3 * steps[0]["sft/latent_kl"]
+    assert steps[-1]["sft/latent_kl"] < 0.5 * steps[0]["sft/latent_kl"]
     ablations = [row for row in read(run / "metrics.jsonl") if "eval/accuracy_latents_off" in row]
     assert len(ablations) == 1 and 1 < ablations[0]["latent/effective_k"] <= 4
     told = capsys.readouterr().out

@@ -61,8 +61,10 @@ class Demonstrator:
         if tokenizer.eos_token_id is None:
             raise UserError(f"model.path: the tokenizer of {config.model.path} has no end-of-sequence token, which answers need")
         thinking = config.thinking
-        # latents end with the end itself: text before it, as in a forced end, would be read as tokens
-        self.end = thinking.end if self.sft.tokens_per_latent else thinking.force or thinking.end
+        if self.sft.chain is None:
+            self.end = ""
+        else:  # latents end with the end itself: text before it, as in a forced end, would be read as tokens
+            self.end = thinking.end if self.sft.tokens_per_latent else thinking.force or thinking.end
 
     def write(self, prompt: Prompt, source: str) -> Demonstrated:
         """The completion to imitate; UserError that begins with `source`, the row it came from, where there is none."""
@@ -86,10 +88,14 @@ class Demonstrator:
 
 
 def _chain(prompt: Prompt, sft: SftConfig, end: str, source: str) -> list[str]:
-    """The texts of the chain; UserError unless there are some, and the end of thinking is in none."""
+    """The texts of the chain, none where the data has no chain; else UserError unless there are some, and the end of thinking
+    is in none."""
+    if sft.chain is None:
+        return []
     where = f"{source}: column {sft.chain!r}"
     if sft.chain not in prompt.columns:
-        raise UserError(f"{where}: wanted the chain of thought, and there is no such column")
+        raise UserError(f"{where}: wanted the chain of thought, and there is no such column; sft.chain=null imitates "
+                        "answers alone")
     chain = prompt.columns[sft.chain]
     parts = chain if isinstance(chain, list) else [chain]
     if not all(isinstance(part, str) and part for part in parts) or not "".join(parts).strip():

@@ -135,9 +135,9 @@ class ObjectiveConfig:
 
 @dataclass(kw_only=True)
 class SftConfig:
-    chain: str = "chain"
+    chain: Optional[str] = "chain"
     """Column of the data with a written chain of thought without `thinking.end`: a text, or a list of texts, of which no two
-    are compressed into one latent."""
+    are compressed into one latent. null: the data has none, and `sft.answer` is the whole completion."""
     tokens_per_latent: int = 0
     """Tokens of the chain compressed into one latent, a mixture of them, at most method.top_k; 0 leaves the chain a text
     (cold-start SFT)."""

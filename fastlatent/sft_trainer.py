@@ -32,6 +32,8 @@ class SftTrainer(Trainer):
             raise UserError(f"sft: {config.recipe} has no such section, which says how demonstrations are made; sft={{}} makes "
                             "them of text")
         K, most = config.sft.tokens_per_latent, METHODS.find(config.method.name, "method.name").mixture_size(config.method)
+        if K and config.sft.chain is None:
+            raise UserError(f"sft.tokens_per_latent: wanted 0, as with sft.chain=null there is nothing to compress, got {K}")
         if K and not most:
             raise UserError(f"sft.tokens_per_latent: wanted 0, as the latents of {config.method.name} are no mixtures of tokens "
                             f"that a chain could be compressed into, got {K}")

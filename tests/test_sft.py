@@ -82,6 +82,13 @@ def test_a_demonstration_ends_its_thinking_and_its_turn():
     assert text.mixtures == [] and tokens.decode(text.token_ids) == "Tom has 12 + 30 = 42 apples #### now\nit is 42<|end|>"
 
 
+def test_without_a_chain_the_answer_is_the_whole_completion():
+    tokens = tiny.tokenizer()
+    config = config_of(*TEXT, "sft.chain=null", "sft.answer='{answer}'", "thinking.max_tokens=12", "thinking.force= #### now")
+    written = Demonstrator(config, tokens).write(Prompt(0, "", (), "12 + 30 #### 42", {}), "row")
+    assert written == Demonstrated([], [], [*tokens.encode("12 + 30 #### 42"), tokens.eos_token_id])
+
+
 def test_mixtures_are_read_with_the_noise_of_a_rollout_that_predicts_them():
     """The scores are those that `draw` gives a policy with these very probabilities."""
     config = METHODS.find("latent_grpo", "").Config(top_k=3, noise_scale=0.5, delta=0.1)
@@ -223,6 +230,16 @@ def test_a_model_that_has_not_learnt_latents_is_warned_of_once(inside, capsys):
     assert len(told) == 1 and "begin with python -m fastlatent.sft" in told[0]
 
 
+def test_questions_and_answers_alone_are_learnt_from(inside):
+    trainer = SftTrainer(load_config(*LATENT, *ROWS, *TEXT, "data.train=no-chain.jsonl", "sft.chain=null", "out=plain",
+                                     "num_steps=20", "optim.lr=2e-3", "eval.every=0", "eval.ablations=false",
+                                     "objective.kl_coef=0.1"))
+    assert list(trainer.policy.reference_parameters()) == []  # nothing would be compared with it
+    steps = read(trainer.run() / "metrics.jsonl")
+    assert steps[-1]["sft/token_loss"] < 0.5 * steps[0]["sft/token_loss"]
+    assert steps[0]["thinking/mean_length"] == 0 < steps[0]["completions/mean_length"] < 6
+
+
 def session(folder: Path, argv: list[str]) -> None:
     session_folder(folder)
     run_command(sft.main, argv)
@@ -269,6 +286,7 @@ BAD = {
     "data.train=end.jsonl": "end.jsonl, line 17: column 'chain' holds thinking.end=' ####'",
     "data.train=long.jsonl": "long.jsonl, line 17: its demonstration has ",
     "sft.tokens_per_latent=5": "sft.tokens_per_latent: a mixture of 5 tokens is more than method.top_k=4",
+    "sft.chain=null": "sft.tokens_per_latent: wanted 0, as with sft.chain=null there is nothing to compress, got 2",
     "sft.tokens_per_latent=-1": "sft.tokens_per_latent: wanted at least 0, got -1",
     "method.top_k=65": "method.top_k: wanted 1 to 64 tokens in a mixture, got 65",
     "method.name=hrpo": "sft.tokens_per_latent: wanted 0, as the latents of hrpo are no mixtures",

@@ -58,6 +58,8 @@ class SftUpdater:
             commit()
             self.optimizer.step(is_bad)
         result.attempts.append(Attempt(batches, is_bad))
+        # the schedule counts the updates that reinforcement learning makes of a step
+        self.optimizer.pass_over(self.config.objective.num_epochs * self.config.objective.num_minibatches - 1)
         return result
 
 

@@ -74,7 +74,7 @@ class Trainer:
                 to_dict(config), list(argv) or sys.argv, self.inputs.dataset.fingerprint(), build.backends(config)))
             self.trackers.start(self.run_folder.path)
             opened.callback(self.trackers.close)
-            self.policy = build.policy(config, has_reference=config.objective.kl_coef > 0)
+            self.policy = build.policy(config, has_reference=config.objective.kl_coef > 0 and config.sft is None)
             self.engine = build.engine(config, self.policy, self.tokenizer)
             opened.callback(self.engine.close)
             self.optimizer = Optimizer(self.policy, config)

@@ -169,6 +169,17 @@ def test_packing_changes_nothing(words):
     assert float(whole[2].grad_norm) > 1
 
 
+@pytest.mark.parametrize("num_minibatches", [1, 4])
+def test_the_learning_rate_follows_the_steps_whatever_reinforcement_learning_makes_of_one(num_minibatches):
+    config = config_of(*TEXT, "num_steps=4", "num_prompts=4", "optim.schedule=linear", "optim.warmup_ratio=0",
+                       f"objective.num_minibatches={num_minibatches}")
+    policy, demonstrator = policy_of(config), Demonstrator(config, tiny.tokenizer())
+    optimizer = Optimizer(policy, config)
+    rollouts = [rollout_of(demonstrator.write(p, "row"), p, policy.method, config, 0) for p in PROMPTS]
+    SftUpdater(policy, optimizer, config)(rollouts)
+    assert optimizer.lr == pytest.approx(0.75e-3)
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 

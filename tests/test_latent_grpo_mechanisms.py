@@ -97,6 +97,9 @@ def test_of_the_right_completions_the_likeliest_per_token_alone_is_learnt_from_a
     group.advantage_G = torch.tensor([1.0, 1.0, -1.0, -1.0])
     assert method.action_advantages(group) == [[0.0], [1.0] * 4, [0.0, -1.0], [0.0]]
     assert method.group_statistics(group)["latent/frac_first_selected"].tolist() == [1, 1]
+    group.rollouts[1].finish = "length"  # masked, it cannot be chosen
+    group.advantage_G = method.advantages(group, OBJECTIVE)
+    assert method.first_winner(group) == 0
     group.advantage_G = torch.tensor([0.0, 0.0, -1.0, -1.0])  # no candidate: unchanged
     assert method.action_advantages(group) == [0.0, 0.0, -1.0, -1.0]
     group.advantage_G = torch.tensor([1.0, 1.0, -1.0, -1.0])

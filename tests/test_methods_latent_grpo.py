@@ -183,6 +183,12 @@ def test_the_log_tells_latents_from_tokens():
     assert 1 < share["latent/effective_k"] <= math.exp(share["latent/mixture_entropy"]) <= 10
 
 
+def test_without_noise_nothing_is_said_of_its_interval():
+    policy = policy_of(LATENT_GRPO, noise_scale=0.0)
+    got = policy.method.loss(policy, batch_of(policy, rollouts_of(policy)), 0.8, ObjectiveConfig()).statistics
+    assert "latent/noise_used" not in got and got["latent/frac_passed"][1] > 100
+
+
 def test_what_is_said_of_mixtures_is_worked_by_hand():
     """Weights 1/2, 1/4, 1/4 and, of a mixture of one, 1; a third place is no latent."""
     policy = policy_of(LATENT_GRPO, top_k=3)

@@ -12,7 +12,8 @@ is read as itself, and is an action with its log-probability at the sampling tem
 
 Deviations from the released code: any token whose text completes `thinking.end` ends thinking, not one hard-coded id; the
 rollout keeps the scores and the ids of one draw (theirs can come from two); the first-token rule takes the log-probabilities
-the rollout was drawn with, which a second pass gives again.
+the rollout was drawn with, which a second pass gives again, and passes over a completion that is masked (theirs, where cut
+completions are masked, can choose one, whose group then has no first mixture).
 """
 
 from __future__ import annotations
@@ -215,8 +216,9 @@ class LatentGRPO(Method):
         is_kept_NK = noise_NK > -torch.inf
         low, high = self.config.noise_bounds
         count = is_kept_NK.sum().float()
-        used_NK = (noise_NK - low) / max(high - low, 1e-12)
-        out["latent/noise_used"] = torch.stack([torch.where(is_kept_NK, used_NK, 0.0).sum(), count])
+        if high > low:  # without noise there is no interval
+            used_NK = (noise_NK - low) / (high - low)
+            out["latent/noise_used"] = torch.stack([torch.where(is_kept_NK, used_NK, 0.0).sum(), count])
         out["latent/frac_passed"] = torch.stack([(is_kept_NK & (noise_NK < 0)).sum().float(), count])
         return out
 

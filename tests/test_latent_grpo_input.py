@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,19 @@ def test_what_is_doubtful_is_warned_of():
     assert warnings[1].startswith("model.path=some/model: ") and "method.is_latent_init=true" in warnings[1]
     config = load_config("model.path=some/model", "data.train=x.jsonl", "method.name=soft_grpo", "thinking.end=a")
     assert SOFT_GRPO.check(config, tiny.tokenizer()) == []
+
+
+def test_an_export_of_latents_needs_no_word_of_them(tmp_path):
+    """What text SFT or GRPO left, and a file that is not ours, are no latent initialisation."""
+    def warned(text: str) -> bool:
+        (tmp_path / "fastlatent.json").write_text(text)
+        return checked("thinking.end=a", f"model.path={tmp_path}") != []
+
+    mixtures, sft = {"name": "latent_grpo", "mixture_temperature": 1.0}, {"tokens_per_latent": 2}
+    for method, imitated, is_init in (
+            (mixtures, sft, True), (mixtures, None, True), (mixtures, {"tokens_per_latent": 0}, False), ({"name": "grpo"}, None, False)):
+        assert warned(json.dumps({"config": {"method": method, "sft": imitated}})) == (not is_init)
+    assert warned("{}") and warned("[") and warned('{"config": {"method": null}}')
 
 
 @pytest.mark.parametrize(("words", "message"), [

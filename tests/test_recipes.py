@@ -144,7 +144,7 @@ def test_a_recipe_whose_actions_are_mixtures_takes_two_steps(inside, recipe, cap
     trainer = train(inside / "run", recipe, *SMALL, "model.dtype=float32", "eval.every=2", "eval.num_samples=2",
                     "eval.ablations=true", "data.held_out=math.jsonl", "model.path=model", *MIXTURES[recipe])
     config, rows = trainer.config, steps(trainer)
-    assert [row["step"] for row in rows] == [1, 2] and trainer.warnings == []
+    assert [row["step"] for row in rows] == [1, 2]
     assert all(row["grad_norm"] > 0 and row["guard/skipped_steps"] == 0 for row in rows)
     assert moved(trainer) == trainer.start.keys() and not any("embed" in name for name in trainer.start)
     assert trainer.optimizer.scheduler.last_epoch == 2 * config.objective.num_minibatches
@@ -165,7 +165,9 @@ def test_a_recipe_whose_actions_are_mixtures_takes_two_steps(inside, recipe, cap
     for how in ("on", "off", "shuffled"):  # where it starts from, and what it has become
         assert [line.partition(" accuracy")[0].split() for line in lines if f"latents {how} " in line] == [
             ["step", "0:", "latents", how], ["latents", how]]
-    assert sum(line.startswith("collapse alarms: ") for line in lines) == 1 and not any("warning" in line for line in lines)
+    assert sum(line.startswith("collapse alarms: ") for line in lines) == 1
+    # a published recipe names a model that reads mixtures; the quickstart is given one, and this one does not
+    assert sum(line.startswith("warning: ") for line in lines) == (recipe == "latent_grpo_quickstart")
 
 
 # ---- what is learnt from --------------------------------------------------------------------------------------------

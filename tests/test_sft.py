@@ -205,8 +205,7 @@ def inside(folder, monkeypatch):
 
 def test_imitation_learns_latents_and_reasoning_goes_on_from_it(inside, capsys):
     """A text model, its latent SFT, the export of that, and Latent-GRPO on it."""
-    trainer = SftTrainer(load_config(*LATENT, *ROWS, "out=run", "num_steps=60", "optim.lr=2e-3", "data.held_out_size=8",
-                                     "method.is_latent_init=false"))
+    trainer = SftTrainer(load_config(*LATENT, *ROWS, "out=run", "num_steps=60", "optim.lr=2e-3", "data.held_out_size=8"))
     run = trainer.run()
     steps = [row for row in read(run / "metrics.jsonl") if "sft/loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 61))
@@ -235,8 +234,7 @@ def test_imitation_learns_latents_and_reasoning_goes_on_from_it(inside, capsys):
 
 def test_a_model_that_has_not_learnt_latents_is_warned_of_once(inside, capsys):
     assert train.main(["latent_grpo_quickstart", "model.path=model", "model.dtype=float32", *ROWS, END, "log.live=quiet",
-                       "method.is_latent_init=false", "group_size=2", "num_steps=1", "eval.every=0", "eval.ablations=false",
-                       "out=cold"]) == 0
+                       "group_size=2", "num_steps=1", "eval.every=0", "eval.ablations=false", "out=cold"]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(told) == 1 and "begin with python -m fastlatent.sft" in told[0]
 

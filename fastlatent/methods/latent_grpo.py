@@ -18,8 +18,10 @@ completions are masked, can choose one, whose group then has no first mixture).
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from fastlatent_kernels import soft_embedding, token_logprob
@@ -58,7 +60,8 @@ class LatentGRPO(Method):
         """Of a group's completions with a positive advantage, the likeliest per token alone is learnt from at its first
         position; all others of the group have advantage 0 there."""
         is_latent_init: bool = False
-        """The model has learnt to read mixtures (latent SFT). Without it you are warned."""
+        """The model has learnt to read mixtures (latent SFT). Without it you are warned, but for one that fastlatent.export
+        wrote of such a run."""
 
         def __post_init__(self):
             MixtureConfig.__post_init__(self)
@@ -83,10 +86,11 @@ class LatentGRPO(Method):
         if own.noise_scale != 1:
             warnings.append(f"method.noise_scale={own.noise_scale}: the density that is learnt from takes the noise to be a "
                             "standard Gumbel's, so its ratios are biased; 1 is what it fits")
-        if cls.needs_latent_init and not own.is_latent_init:
+        if cls.needs_latent_init and not (own.is_latent_init or _is_exported(Path(config.model.path).expanduser())):
             warnings.append(f"model.path={config.model.path}: {own.name} starts from a model that already reasons in mixtures, "
-                            "and one that does not will hardly learn; begin with python -m fastlatent.sft (its authors published "
-                            "DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10) and say method.is_latent_init=true")
+                            "and one that does not will hardly learn; begin with python -m fastlatent.sft and export what it "
+                            "makes, or say method.is_latent_init=true of another that does (its authors published "
+                            "DJCheng/LLaMA3.2-1B-Instruct-Latent-SFT-Top10)")
         return warnings
 
     # ---- decoding ------------------------------------------------------------------------------------------------------
@@ -245,3 +249,12 @@ class LatentGRPO(Method):
             "latent/effective_k": pair(1 / weights_TK.square().sum(dim=1)),
             "latent/norm_ratio": pair(mixture_TD.norm(dim=-1) / token_TD.norm(dim=-1).clamp_min(1e-12)),
         }
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether fastlatent.export wrote it of a run whose latents were mixtures."""
+    try:
+        run = json.loads((folder / "fastlatent.json").read_text())["config"]
+        return "mixture_temperature" in run["method"] and (run["sft"] is None or run["sft"]["tokens_per_latent"] > 0)
+    except (OSError, ValueError, LookupError, TypeError):  # no such file, or not one of ours
+        return False

@@ -26,6 +26,23 @@ struct TopK {
   }
 };
 
+// The k largest of a row whose tiles have been added to `softmax` but not finished. The k largest of the tiles' own largest
+// are at or above the k-th of all, so that most tiles need not be looked at again. A NaN is below nothing, and is kept.
+template <class T>
+static TopK k_largest(int k, const T* logits, int64_t vocab, const SoftmaxRow& softmax) {
+  TopK of_tiles(k), top(k);
+  for (int64_t tile = 0; tile < softmax.tiles; tile++)
+    if (of_tiles.takes(softmax.largest[tile])) of_tiles.add(softmax.largest[tile], tile);
+  const float least = of_tiles.size < k ? -kInfinity : of_tiles.logit[k - 1];
+  for (int64_t tile = 0; tile < softmax.tiles; tile++) {
+    if (softmax.largest[tile] < least) continue;
+    const int64_t begin = tile * kTileSize, size = tile_size(tile, vocab);
+    for (int64_t v = begin; v < begin + size; v++)
+      if (!(load_one(logits + v) < least) && top.takes(load_one(logits + v))) top.add(load_one(logits + v), v);
+  }
+  return top;
+}
+
 // Place among the kept ids of the one with the best tile, then the best id in it.
 static int draw_place(const TopK& top, const float* p, const RowNoise& noise) {
   constexpr int n = 16;
@@ -56,14 +73,10 @@ static void topk_mixture_rows(const TopkMixture& args) {
   parallel_rows(args, [&](int64_t b, float* scratch) {
     const T* logits = (const T*)args.logits + b * args.vocab;
     SoftmaxRow softmax(scratch, args.vocab);
-    TopK top(args.top_k);
     for_each_tile(logits, args.vocab, [&](int64_t tile, const T* part) {
       softmax.add_tile<false>(tile, part, args.inv_temperature);
-      if (!top.takes(softmax.largest[tile])) return;
-      const int64_t begin = tile * kTileSize;
-      for (int i = 0; i < kTileSize && begin + i < args.vocab; i++)
-        if (top.takes(load_one(part + i))) top.add(load_one(part + i), begin + i);
     });
+    const TopK top = k_largest(args.top_k, logits, args.vocab, softmax);
     softmax.finish(args.inv_temperature);
 
     // p relative to the likeliest token, whose 1 keeps the norm from underflow

@@ -81,3 +81,34 @@ def test_compiles_whole(backend):
     for one, other in zip(eager, compiled, strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 50, 64])
+def test_native_finds_the_k_largest_wherever_they_lie(top_k):
+    """All in one tile, one in each, with ties at the k-th across tiles, and among forbidden ids."""
+    pytest.importorskip("fastlatent_kernels._C")
+    g = torch.Generator().manual_seed(0)
+    logits_BV = torch.randn(8, 128 * 70 + 5, generator=g)
+    logits_BV[0, 128 * 69 : 128 * 70] += 20
+    logits_BV[1, ::128] += 20
+    logits_BV[2] = logits_BV[2].round()
+    logits_BV[3] = 0
+    logits_BV[4, top_k:] = -torch.inf
+    logits_BV[5, -5:] += 20
+    logits_BV[6] = logits_BV[6].sort().values
+    logits_BV[7] = logits_BV[7].sort(descending=True).values
+    for dtype in (torch.float32, torch.bfloat16):
+        got, want = (topk_mixture(logits_BV.to(dtype), 0.7, top_k, 1.0, SEED, counters(8), False, backend=backend)
+                     for backend in ("native", "reference"))
+        assert torch.equal(got.ids_BK, want.ids_BK) and torch.equal(got.token_B, want.token_B)
+        torch.testing.assert_close(got.weights_BK, want.weights_BK)
+
+
+def test_native_gives_ids_of_the_vocabulary_even_of_nan():
+    pytest.importorskip("fastlatent_kernels._C")
+    logits_BV = torch.randn(3, 128 * 60, generator=torch.Generator().manual_seed(1))
+    logits_BV[0] = torch.nan
+    logits_BV[1, 5] = logits_BV[1, 128 * 30] = torch.nan
+    logits_BV[2, ::2] = torch.nan
+    ids_BK = topk_mixture(logits_BV, 1.0, 50, 1.0, SEED, counters(3), False, backend="native").ids_BK
+    assert ids_BK.min() >= 0 and ids_BK.max() < logits_BV.shape[1]

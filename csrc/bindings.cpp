@@ -82,6 +82,7 @@ PYBIND11_MODULE(_C, m) {
   address(vocab_head_bf16, "logprob", &VocabHeadBf16::logprob);
   address(vocab_head_bf16, "entropy", &VocabHeadBf16::entropy);
   address(vocab_head_bf16, "mixture", &VocabHeadBf16::mixture);
+  address(vocab_head_bf16, "logits", &VocabHeadBf16::logits);
   address(vocab_head_bf16, "hidden_quads", &VocabHeadBf16::hidden_quads);
   address(vocab_head_bf16, "sums", &VocabHeadBf16::sums);
   address(vocab_head_bf16, "largest", &VocabHeadBf16::largest);
@@ -95,12 +96,16 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("threads", &VocabHeadBf16::threads);
   m.def("has_vocab_head_bf16", [] { return vocab_head_bf16_kernel() != nullptr; },
         "Whether this processor takes vocab_head_bf16.");
-  m.def("vocab_head_bf16", [](const VocabHeadBf16& args) {
-    const VocabHeadBf16Kernel kernel = vocab_head_bf16_kernel();
-    if (!kernel) throw std::invalid_argument("vocab_head_bf16: this processor does not take it");
-    py::gil_scoped_release release;
-    kernel(args);
-  });
+  const auto run_bf16 = [](VocabHeadBf16Kernel (*choose)(), const char* name) {
+    return [choose, name](const VocabHeadBf16& args) {
+      const VocabHeadBf16Kernel kernel = choose();
+      if (!kernel) throw std::invalid_argument(std::string(name) + ": this processor does not take it");
+      py::gil_scoped_release release;
+      kernel(args);
+    };
+  };
+  m.def("vocab_head_bf16", run_bf16(vocab_head_bf16_kernel, "vocab_head_bf16"));
+  m.def("head_logits_bf16", run_bf16(head_logits_bf16_kernel, "head_logits_bf16"));
 
   auto topk_mixture = rows_type<TopkMixture>(m, "TopkMixture");
   address(topk_mixture, "log_kept", &TopkMixture::log_kept);

@@ -53,6 +53,7 @@ struct VocabHeadBf16 {  // the whole head; all matrices are bfloat16
   float* logprob = nullptr;   // [rows]
   float* entropy = nullptr;   // [rows]
   void* mixture = nullptr;    // [rows, embed_width]
+  float* logits = nullptr;    // [rows, vocab], all that head_logits_bf16 writes
   void* hidden_quads = nullptr;  // scratch: [quads, width / kChunk rounded up, kQuadRows, kChunk], bfloat16
   float* sums = nullptr;      // scratch: [rows, 4, tiles]
   float* largest = nullptr;   // scratch: [splits, rows]

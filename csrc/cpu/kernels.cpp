@@ -26,6 +26,7 @@ DECLARE(avx512)
 #ifdef FASTLATENT_AVX512_BF16
 namespace avx512_bf16 {
 void vocab_head_bf16(const VocabHeadBf16&);
+void head_logits_bf16(const VocabHeadBf16&);
 }
 #endif
 
@@ -54,16 +55,20 @@ const CpuKernels* cpu_kernels() {
   return table.rows;
 }
 
-VocabHeadBf16Kernel vocab_head_bf16_kernel() {
 #ifdef FASTLATENT_AVX512_BF16
+static bool multiplies_bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   const bool has_amx_bf16 = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
   const bool has_avx512_bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
   // the first row being avx512's says that the system saves its registers too
-  if (has_avx512_bf16 && !has_amx_bf16 && cpu_kernels()->vocab_head == avx512::vocab_head)
-    return avx512_bf16::vocab_head_bf16;
-#endif
-  return nullptr;
+  return has_avx512_bf16 && !has_amx_bf16 && cpu_kernels()->vocab_head == avx512::vocab_head;
 }
+
+VocabHeadBf16Kernel vocab_head_bf16_kernel() { return multiplies_bf16() ? avx512_bf16::vocab_head_bf16 : nullptr; }
+VocabHeadBf16Kernel head_logits_bf16_kernel() { return multiplies_bf16() ? avx512_bf16::head_logits_bf16 : nullptr; }
+#else
+VocabHeadBf16Kernel vocab_head_bf16_kernel() { return nullptr; }
+VocabHeadBf16Kernel head_logits_bf16_kernel() { return nullptr; }
+#endif
 
 }  // namespace fastlatent

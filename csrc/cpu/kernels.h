@@ -22,7 +22,8 @@ const CpuKernels* cpu_kernels();
 
 using VocabHeadBf16Kernel = void (*)(const VocabHeadBf16&);
 
-// Null where it cannot run: it takes AVX512_BF16; and beside AMX, with which a library's GEMM leaves it far behind.
+// Null where they cannot run: they take AVX512_BF16; and beside AMX, with which a library's GEMM leaves it far behind.
 VocabHeadBf16Kernel vocab_head_bf16_kernel();
+VocabHeadBf16Kernel head_logits_bf16_kernel();
 
 }  // namespace fastlatent

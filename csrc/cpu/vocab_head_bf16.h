@@ -91,6 +91,35 @@ struct OneStream {
 
   static float* logit(float* logits, int64_t r, int64_t v) { return logits + v / 4 * 4 * kQuadRows + r * 4 + v % 4; }
 
+  // Rows of `args.logits` from the logits of one tile and a quad of `rows` rows.
+  void spread(int64_t tile, int64_t size, int64_t b, int64_t rows, const float* logits) const {
+    for (int64_t r = 0; r < rows; r++) {
+      float* row = args.logits + (b + r) * args.vocab + tile * kTileSize;
+      for (int64_t v = 0; v < size; v += 4)
+        __builtin_memcpy(row + v, logits + v * kQuadRows + r * 4, min(4, size - v) * sizeof(float));
+    }
+  }
+
+  // As `run`, where nothing but the logits is wanted.
+  void run_logits(int64_t split, int64_t group, int64_t next_split) const {
+    const int64_t begin = group * kGroupRows, rows = min(kGroupRows, args.rows - begin);
+    const int64_t quads = (rows + kQuadRows - 1) / kQuadRows, blocks = (quads + kBlockQuads - 1) / kBlockQuads;
+    alignas(64) float logits[kBlockQuads * kQuadTile];
+    const int64_t end = min(tiles, (split + 1) * tiles_per_split);
+    for (int64_t tile = split * tiles_per_split; tile < end; tile++) {
+      const int64_t size = tile_size(tile, args.vocab), next_tile = tile + 1 < end ? tile + 1 : next_split * tiles_per_split;
+      Ahead next_weight = ahead(weight(next_tile), next_tile, args.width, dot_steps(blocks, size));
+      for (int64_t q = 0; q < quads; q += kBlockQuads) {
+        const int64_t some = min(kBlockQuads, quads - q);
+        dot(q + begin / kQuadRows, some, tile, size, logits, next_weight);
+        for (int64_t i = 0; i < some; i++) {
+          const int64_t r = (q + i) * kQuadRows;
+          spread(tile, size, begin + r, min(kQuadRows, rows - r), logits + i * kQuadTile);
+        }
+      }
+    }
+  }
+
   // The tile's sums for the `rows` of a quad, and where there is a mixture p = exp(l - largest), with `largest` that of
   // the split so far, to which `part` is brought.
   void weigh(int64_t tile, int64_t b, int64_t rows, float* logits, floats* largest, float* part, BFloat16* p) const {
@@ -176,6 +205,19 @@ struct OneStream {
 
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 };
+
+void head_logits_bf16(const VocabHeadBf16& args) {
+  const OneStream stream{args};
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(args.threads)
+#endif
+  for (int64_t quad = 0; quad < args.quads(args.rows); quad++) stream.pack(quad);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(args.threads)
+#endif
+  for (int64_t task = 0; task < stream.splits * stream.groups; task++)
+    stream.run_logits(task / stream.groups, task % stream.groups, (task + args.threads) / stream.groups);
+}
 
 void vocab_head_bf16(const VocabHeadBf16& args) {
   const OneStream stream{args};

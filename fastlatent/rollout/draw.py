@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from fastlatent_kernels import topk_mixture, vocab_head
-from fastlatent_kernels.token_logprob import head_logits
+from fastlatent_kernels.decode_logits import decode_logits
 from torch import Tensor
 
 from fastlatent.methods.base import Decision, Method, State, StepView
@@ -21,7 +21,7 @@ def look(hidden_BD: Tensor, weight_VD: Tensor, table_VD: Tensor, needs: frozense
     """
     extra = {}
     if sampling.is_truncated or Capability.LOGITS in needs:
-        logits_BV = head_logits(hidden_BD, weight_VD)
+        logits_BV = decode_logits(hidden_BD, weight_VD)
         extra["logits_BV"] = logits_BV
     if sampling.is_truncated:
         head = topk_mixture(logits_BV, sampling.temperature, sampling.top_k, sampling.top_p, seed, counter_B3, sampling.greedy)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fastlatent_kernels import OPS, use_backend
+from fastlatent_kernels.decode_logits import decode_logits
 from fastlatent_kernels.library import LIBRARY
 from test_ops import cases_of, refuses, run
 from torch.overrides import TorchFunctionMode
@@ -90,6 +91,8 @@ def test_operators_are_well_registered():
         if "native" in op.order:  # some of its operators are there for bfloat16 alone
             with CallsInBackward(), CallsAboveAutograd():
                 run(op, inputs_of(op, dtype=torch.bfloat16), "native")
+    with CallsAboveAutograd():
+        decode_logits(torch.randn(5, 8).bfloat16(), torch.randn(300, 8).bfloat16())  # of no op
     CALLS.update(in_float32)
     if not torch.cuda.is_available():
         keys = "CPU", "CompositeExplicitAutograd"

@@ -20,6 +20,7 @@ from fastlatent_kernels.vocab_head import VocabHead
 HAS_KERNEL = _C.has_vocab_head_bf16()
 """Whether this processor has the instructions, and none that a library multiplies faster with."""
 
+LIBRARY.define("head_logits_bf16(Tensor hidden, Tensor weight) -> Tensor")
 LIBRARY.define("vocab_head_bf16(Tensor hidden, Tensor weight, float temperature, Tensor seed, Tensor counter, "
                "bool greedy, Tensor? embed) -> (Tensor, Tensor, Tensor, Tensor)")
 
@@ -52,6 +53,11 @@ class _Scratch(threading.local):
 _SCRATCH = _Scratch()
 
 
+def logits(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
+    """hidden @ weight.T in float32, [B, V], of the sums that `run` draws from."""
+    return torch.ops.fastlatent.head_logits_bf16(hidden_BD, weight_VD)
+
+
 def run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD) -> VocabHead:
     *row_numbers, mixture_BD = torch.ops.fastlatent.vocab_head_bf16(
         hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD)
@@ -65,9 +71,7 @@ def _run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
     (num_rows, width), vocab_size, embed_width = hidden_BD.shape, weight_VD.shape[0], mixture_BD.shape[1]
     num_splits = _C.VocabHeadBf16.splits(vocab_size)
     scratch = {"sums": num_rows * 4 * -(-vocab_size // TILE_SIZE), "largest": num_splits * num_rows,
-               "part": num_splits * num_rows * (-(-embed_width // 32) * 32),
-               # rows by fours, eight bfloat16 numbers of each side by side
-               "hidden_quads": _C.VocabHeadBf16.quads(num_rows) * -(-width // 8) * 16}
+               "part": num_splits * num_rows * (-(-embed_width // 32) * 32), "hidden_quads": _quads_size(num_rows, width)}
     fields = {name: _SCRATCH.take(name, size) for name, size in scratch.items()}
     fields |= {"hidden": hidden_BD, "weight": weight_VD, "seed": seed, "counter": counter_B3, "greedy": greedy,
                "rows": num_rows, "vocab": vocab_size, "width": width, "embed_width": embed_width,
@@ -75,11 +79,33 @@ def _run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
                "mixture": mixture_BD, "threads": torch.get_num_threads()}
     if embed_VD is not None:
         fields["embed"] = embed_VD
+    _call(_C.vocab_head_bf16, fields)
+    return out
+
+
+def _run_logits(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
+    logits_BV, hidden_BD = _empty_logits(hidden_BD, weight_VD), hidden_BD.contiguous()
+    (num_rows, width), vocab_size = hidden_BD.shape, weight_VD.shape[0]
+    _call(_C.head_logits_bf16, {
+        "hidden": hidden_BD, "weight": weight_VD, "rows": num_rows, "vocab": vocab_size, "width": width, "logits": logits_BV,
+        "hidden_quads": _SCRATCH.take("hidden_quads", _quads_size(num_rows, width)), "threads": torch.get_num_threads()})
+    return logits_BV
+
+
+def _empty_logits(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
+    return hidden_BD.new_empty(hidden_BD.shape[0], weight_VD.shape[0], dtype=torch.float32)
+
+
+def _quads_size(num_rows: int, width: int) -> int:
+    """Floats: rows by fours, eight bfloat16 numbers of each side by side."""
+    return _C.VocabHeadBf16.quads(num_rows) * -(-width // 8) * 16
+
+
+def _call(kernel, fields: dict[str, object]) -> None:
     arguments = _C.VocabHeadBf16()
     for name, value in fields.items():
         setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
-    _C.vocab_head_bf16(arguments)
-    return out
+    kernel(arguments)
 
 
 def _empty_outputs(hidden_BD: Tensor, embed_VD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,8 +115,14 @@ def _empty_outputs(hidden_BD: Tensor, embed_VD: Tensor | None) -> tuple[Tensor, 
 
 if HAS_KERNEL:
     LIBRARY.impl("vocab_head_bf16", _run, "CPU")
+    LIBRARY.impl("head_logits_bf16", _run_logits, "CPU")
 
 
 @torch.library.register_fake("fastlatent::vocab_head_bf16", lib=LIBRARY)
 def _fake_run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
     return _empty_outputs(hidden_BD, embed_VD)
+
+
+@torch.library.register_fake("fastlatent::head_logits_bf16", lib=LIBRARY)
+def _fake_run_logits(hidden_BD, weight_VD):
+    return _empty_logits(hidden_BD, weight_VD)

@@ -139,6 +139,25 @@ def test_preempted_requests_go_on_where_they_were(monkeypatch):
     assert gaps(policy(), batches(rollouts, "packed")).max() <= FP32_TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_its_forward_gives_the_bits_of_vllm_s(family, dtype, monkeypatch):
+    """At every step, chunks of prompts included. Both write the same keys and values."""
+    from fastlatent.vllm_plugin import cpu_forward
+
+    engine, ours, equal = start(policy(family=family, dtype=dtype)), cpu_forward.hidden_states, []
+    stock = type(engine.runner.model).__mro__[1].forward
+
+    def both(model, position_T, input_TD, context):
+        wanted_TD = stock(engine.runner.model, None, position_T, None, input_TD.clone())
+        equal.append(torch.equal(ours(model, position_T, input_TD, context), wanted_TD))
+        return wanted_TD
+
+    monkeypatch.setattr(cpu_forward, "hidden_states", both)
+    engine.generate(requests(), SAMPLING)
+    assert len(equal) > 20 and all(equal)
+
+
 def test_a_group_reads_its_prompt_once(monkeypatch):
     engine = plain_engine()
     known, stock = [], engine.runner._update_states

@@ -20,6 +20,9 @@ SURFACE = {
             "CPUModelRunner.reload_weights"],
         "vllm.v1.outputs": ["SamplerOutput"],
         "vllm.ir.ops": ["rms_norm.register_impl", "fused_add_rms_norm.register_impl"],
+        "vllm.forward_context": ["get_forward_context", "ForwardContext.attn_metadata", "ForwardContext.slot_mapping"],
+        "vllm.v1.attention.backends.cpu_attn": [
+            "CPUAttentionBackendImpl.do_kv_cache_update", "CPUAttentionBackendImpl.forward"],
     },
     "v2": {
         "vllm.v1.worker.gpu.model_states.default": [

@@ -124,7 +124,7 @@ def test_long_completions():
 
 def test_preempted_requests_go_on_where_they_were(monkeypatch):
     # most completions cross from one block of 32 into the next, and there are too few blocks for all
-    engine, wanted = start(policy(), num_kv_blocks=9, max_prompt=64), requests([20, 28, 60])
+    engine, wanted = start(policy(), block_size=32, num_kv_blocks=9, max_prompt=64), requests([20, 28, 60])
     scheduler = engine.engine.engine_core.engine_core.scheduler
     preempted, stock = [], scheduler._preempt_request
 
@@ -158,7 +158,49 @@ def test_its_forward_gives_the_bits_of_vllm_s(family, dtype, monkeypatch):
     assert len(equal) > 20 and all(equal)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_size", CPU_HEAD_SIZES)
+def test_attention_with_blocks_of_16_is_float64_s(head_size, dtype):
+    """Five queries of two texts, of 23 and 40 tokens, by vLLM's kernels for plain vectors, in blocks that lie in any order."""
+    import vllm.platforms
+    from vllm import _custom_ops as ops
+
+    from fastlatent.vllm_plugin.cpu_attention import BLOCK_SIZE
+
+    vllm.platforms.current_platform.import_kernels()
+    draw, lengths, heads, kv_heads = torch.Generator().manual_seed(head_size), [23, 40], 4, 2
+
+    def new(*shape):
+        return torch.randn(*shape, generator=draw).to(dtype)
+
+    cache = new(8, kv_heads, 2 * BLOCK_SIZE, head_size)  # with what others have left there
+    keys, values = cache.chunk(2, dim=2)
+    blocks = torch.tensor([[6, 1, 0], [3, 7, 2]], dtype=torch.int32)
+    texts = [(new(5, heads, head_size), new(n, kv_heads, head_size), new(n, kv_heads, head_size)) for n in lengths]
+    for row, (_, k, v) in enumerate(texts):
+        place = torch.arange(lengths[row])
+        slot = blocks[row, place // BLOCK_SIZE].long() * BLOCK_SIZE + place % BLOCK_SIZE
+        ops.cpu_attn_reshape_and_cache(k, v, keys, values, slot, "vec16")
+    start, seq_lens = torch.tensor([0, 5, 10], dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+    plan = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=2, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_size, seq_lens=seq_lens, dtype=dtype,
+        query_start_loc=start, causal=True, sliding_window_size=-1, isa="vec16", enable_kv_split=True)
+    query = torch.cat([q for q, _, _ in texts])
+    out = torch.empty_like(query)
+    ops.cpu_attention_with_kv_cache(query, keys, values, out, start, seq_lens, head_size**-0.5, True, None, -1, blocks, 0, plan, None)
+    wanted = []
+    for q, k, v in texts:
+        q, k, v = (x.double().transpose(0, 1) for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
+        n = k.shape[1]
+        is_seen = torch.arange(n)[None] <= torch.arange(n - 5, n)[:, None]
+        wanted.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=is_seen).transpose(0, 1))
+    error = (out.double() - torch.cat(wanted)).abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
 def test_a_group_reads_its_prompt_once(monkeypatch):
+    from fastlatent.vllm_plugin.cpu_attention import block_size
+
     engine = plain_engine()
     known, stock = [], engine.runner._update_states
 
@@ -167,9 +209,12 @@ def test_a_group_reads_its_prompt_once(monkeypatch):
         return stock(scheduler_output)
 
     monkeypatch.setattr(engine.runner, "_update_states", look)
-    rollouts = engine.generate(requests([70], 12, step=3), SAMPLING)
-    assert sorted(known)[-6:] == [64] * 6  # two whole blocks of 32
-    assert gaps(policy(), batches(rollouts, "packed")).max() <= FP32_TOLERANCE
+    shared = block_size(torch.float32, 32)
+    for length in (70, 28):
+        rollouts = engine.generate(requests([length], 12, step=3), SAMPLING)
+        assert sorted(known)[-6:] == [length // shared * shared] * 6  # the whole blocks of the prompt
+        assert gaps(policy(), batches(rollouts, "packed")).max() <= FP32_TOLERANCE
+        known.clear()
 
 
 def test_200_requests_over_16_slots_in_any_order():

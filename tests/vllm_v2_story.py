@@ -19,7 +19,7 @@ LENGTHS = [20, 45, 28]
 
 
 def start(policy, ends) -> VLLMEngine:
-    config = VLLMEngine.Config(runner="v2", max_batch=4, max_batch_tokens=32, kv_cache_gib=0.05, num_kv_blocks=5)
+    config = VLLMEngine.Config(runner="v2", max_batch=4, max_batch_tokens=32, kv_cache_gib=0.05, block_size=32, num_kv_blocks=5)
     engine = VLLMEngine.build(config, tiny.parts(policy, *ends, max_new=28, max_prompt=64))
     engine.load_weights(policy.published(), 0)
     return engine

@@ -53,8 +53,9 @@ class VLLMEngine:
         """On a GPU, hand vLLM's memory back while the trainer updates (its sleep mode, level 1)."""
         eager: bool = False
         """Never capture CUDA graphs; on a CPU nothing is ever captured or compiled."""
-        block_size: int = 32
-        """Tokens in a block of keys and values; on a CPU a multiple of 32."""
+        block_size: int = 0
+        """Tokens in a block of keys and values; a group shares the whole blocks of its prompt. 0: 32, and 16 on a CPU whose attention
+        takes so few."""
         runner: str = "auto"
         """vLLM's model runner: v2 on a GPU, v1 on a CPU (auto). v2 on a CPU needs Triton's interpreter and is for tests."""
         num_kv_blocks: int = 0
@@ -63,7 +64,7 @@ class VLLMEngine:
         def __post_init__(self):
             if self.runner not in ("auto", "v1", "v2"):
                 raise UserError(f"engine.runner: {self.runner!r} is not one of auto, v1, v2")
-            for name, least in (("max_batch", 1), ("max_batch_tokens", 0), ("block_size", 1)):
+            for name, least in (("max_batch", 1), ("max_batch_tokens", 0), ("block_size", 0)):
                 if getattr(self, name) < least:
                     raise UserError(f"engine.{name}: wanted {least} or more, got {getattr(self, name)}")
 
@@ -85,8 +86,7 @@ class VLLMEngine:
         """Why such a model cannot be run here, with the remedy where there is one; None where it can. Imports vllm last."""
         if model.model_type not in FAMILIES:
             return f"vllm runs {', '.join(FAMILIES)} models here, not {model.model_type!r}"
-        head_size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        if device.type == "cpu" and head_size not in CPU_HEAD_SIZES:
+        if device.type == "cpu" and (head_size := _head_size(model)) not in CPU_HEAD_SIZES:
             return f"vllm attends on a CPU with heads of {', '.join(map(str, CPU_HEAD_SIZES))}, and this model's have {head_size}"
         return surface.refusal(surface.runner_of(config.runner, device), device)
 
@@ -230,6 +230,10 @@ class _Table:
         return torch.nn.functional.embedding(token_ids_T, self.weight)
 
 
+def _head_size(model: PretrainedConfig) -> int:
+    return getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+
+
 def _start(config: VLLMEngine.Config, parts: EngineParts):
     """vLLM's engine for this architecture, its weights not yet there."""
     runner, is_cpu = surface.runner_of(config.runner, parts.device), parts.device.type == "cpu"
@@ -243,8 +247,12 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
     from fastlatent.vllm_plugin import cpu_norm, register
 
     register()
+    block_size = 32
     if is_cpu:
+        from fastlatent.vllm_plugin import cpu_attention
+
         cpu_norm.register()
+        block_size = cpu_attention.block_size(parts.dtype, _head_size(parts.model))
         options = {"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB), "ir_op_priority": cpu_norm.PRIORITY}
     else:
         options = {"gpu_memory_utilization": config.gpu_memory_share, "enable_sleep_mode": config.sleep}
@@ -260,7 +268,7 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
                 hf_overrides={"architectures": [PREFIX + FAMILIES[parts.model.model_type]]}, seed=0,
                 max_model_len=parts.max_prompt_tokens + parts.span.longest(parts.max_new_tokens), max_num_seqs=config.max_batch,
                 max_num_batched_tokens=config.max_batch_tokens or max(1024 if is_cpu else 4096, config.max_batch),
-                block_size=config.block_size,
+                block_size=config.block_size or block_size,
                 enforce_eager=is_cpu or config.eager, enable_prefix_caching=config.prefix_caching, **options)
     except (ValueError, RuntimeError) as error:  # what vLLM raises for a wrong option and for too little memory
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

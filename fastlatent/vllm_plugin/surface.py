@@ -22,7 +22,9 @@ SURFACE = {
         "vllm.ir.ops": ["rms_norm.register_impl", "fused_add_rms_norm.register_impl"],
         "vllm.forward_context": ["get_forward_context", "ForwardContext.attn_metadata", "ForwardContext.slot_mapping"],
         "vllm.v1.attention.backends.cpu_attn": [
-            "CPUAttentionBackendImpl.do_kv_cache_update", "CPUAttentionBackendImpl.forward"],
+            "CPUAttentionBackend.get_supported_kernel_block_sizes", "CPUAttentionBackendImpl.do_kv_cache_update",
+            "CPUAttentionBackendImpl.forward", "_get_attn_isa"],
+        "vllm.v1.attention.backends.registry": ["AttentionBackendEnum.CPU_ATTN", "register_backend"],
     },
     "v2": {
         "vllm.v1.worker.gpu.model_states.default": [

@@ -26,10 +26,12 @@ def story() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_it_is_the_second_runner():
+def test_it_is_the_second_runner_scheduled_as_on_a_gpu():
     assert story()["runner"].startswith("vllm.v1.worker.cpu.model_runner.")
+    assert story()["scheduler"] == "AsyncScheduler" and story()["asleep"] is True
 
 
+# `reloaded` follows requests given up in the middle, and a sleep
 @pytest.mark.parametrize("part", ["forced", "reloaded", "sampled"])
 def test_replay_and_the_tokens_of_the_hf_engine(part):
     found = story()[part]

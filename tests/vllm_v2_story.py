@@ -5,10 +5,13 @@ from __future__ import annotations
 import triton_interpreted  # noqa: F401  (first: it makes vllm take its second model runner on a CPU)
 
 import json  # isort: skip
+import sys
 
 import tiny
 import torch
 from test_replay import FORCED, SAMPLED, TEMPERATURE, batches, gaps, without_latents
+from torch.overrides import TorchFunctionMode
+from vllm.platforms.cpu import CpuPlatform
 
 from benches.steps import Operators
 from fastlatent.rollout.vllm_engine import VLLMEngine
@@ -16,6 +19,31 @@ from fastlatent.types import Sampling
 
 SAMPLING = Sampling(temperature=TEMPERATURE, max_new_tokens=28)
 LENGTHS = [20, 45, 28]
+
+
+class FromHost(TorchFunctionMode):
+    """Where our code makes tensors of the host's numbers: before it may go on, a GPU has to have read them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        module = sys._getframe(1).f_globals["__name__"]
+        if function in (torch.tensor, torch.as_tensor, torch.from_numpy) and module.startswith("fastlatent"):
+            self.seen.append(module)
+        return function(*args, **(kwargs or {}))
+
+
+def schedule_asynchronously() -> None:
+    """As on a GPU: a step is handed over before the one before it has been looked at. vLLM's CPU platform turns it off."""
+    stock = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, vllm_config) -> None:
+        stock(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def start(policy, ends) -> VLLMEngine:
@@ -36,10 +64,10 @@ def seen(engine: VLLMEngine, policy, ends) -> dict:
 
     scheduler._preempt_request = count
     requests = tiny.requests(tiny.prompts(LENGTHS), 1)
-    operators, step = Operators(), engine.engine.step
+    operators, from_host, step = Operators(), FromHost(), engine.engine.step
 
     def counted():
-        with operators:
+        with operators, from_host:
             return step()
 
     engine.engine.step = counted
@@ -52,16 +80,44 @@ def seen(engine: VLLMEngine, policy, ends) -> dict:
         "gap": gaps(policy, batches(ours, "packed")).max().item(),
         "gap_without_latents": gaps(policy, batches(ours, "packed"), without_latents).max().item(),
         "preempted": preempted, "num_tokens": [len(r.token_ids) for r in ours],
-        "own_operators": operators.counted.own_operators, "own_syncs": operators.own_syncs_seen,
+        "own_operators": operators.counted.own_operators, "own_syncs": operators.own_syncs_seen + from_host.seen,
         "free_slots": len(engine.slots.free), "version": ours[0].version,
     }
 
 
+class Stop(Exception):
+    pass
+
+
+def stop_after(engine: VLLMEngine, num_steps: int) -> None:
+    """Draw for so many steps, then give all requests up; a step that was handed over is still to be looked at."""
+    stock, left = engine.engine.step, iter(range(num_steps))
+
+    def step():
+        if next(left, None) is None:
+            raise Stop
+        return stock()
+
+    engine.engine.step = step
+    try:
+        engine.generate(tiny.requests(tiny.prompts(LENGTHS), 1), SAMPLING)
+    except Stop:
+        pass
+    engine.engine.step = stock
+
+
 def main() -> None:
+    schedule_asynchronously()
     policy, out = tiny.policy("hrpo", num_heads=2), {}
     engine = start(policy, FORCED)
     out["runner"] = f"{type(engine.runner).__module__}.{type(engine.runner).__name__}"
+    out["scheduler"] = type(engine.engine.engine_core.engine_core.scheduler).__name__
     out["forced"] = seen(engine, policy, FORCED)
+    for num_steps in (2, 5, 9):
+        stop_after(engine, num_steps)
+    engine.sleeps = True  # vLLM's scheduler goes to sleep; on a CPU its memory stays
+    with engine.released():
+        out["asleep"] = engine.engine.is_sleeping()
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in policy.parameters():

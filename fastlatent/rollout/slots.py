@@ -68,8 +68,9 @@ class Slots:
             raise RuntimeError(f"more than {self.num_slots} requests are in flight, and there is no slot for another")
         slot = self.slot_of[key] = self.free.pop()
         request = self.requests[key]
-        self.counter_S2[slot] = torch.tensor(
-            [request.prompt.id, (request.step << 16) + request.sample], device=self.device)
+        # numbers one by one: a tensor made of them on the host would have to be waited for
+        self.counter_S2[slot, 0] = request.prompt.id
+        self.counter_S2[slot, 1] = (request.step << 16) + request.sample
         for state, fresh in ((self.span_state, self.span.start(1, self.device)), (self.state, self.method.start(1, self.device))):
             for name, column in state.items():
                 column[slot] = fresh[name][0]

@@ -198,6 +198,22 @@ def test_attention_with_blocks_of_16_is_float64_s(head_size, dtype):
     assert error < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
+def test_no_request_goes_on_with_keys_and_values_of_its_siblings(monkeypatch):
+    """One token more fills a block: 40 siblings' blocks differ by the name of that token, of which there are 319."""
+    engine = start(policy(), block_size=32, num_kv_blocks=12, max_prompt=64)
+    scheduler, preempted = engine.engine.engine_core.engine_core.scheduler, []
+    stock, reset, resets = scheduler._preempt_request, engine.engine.reset_prefix_cache, []
+    monkeypatch.setattr(scheduler, "_preempt_request", lambda *a, **k: preempted.append(0) or stock(*a, **k))
+    monkeypatch.setattr(engine.engine, "reset_prefix_cache", lambda: resets.append(0) or reset())
+    for step in range(9):
+        wanted = requests([31], 40, step)
+        rollouts = engine.generate(wanted, SAMPLING)
+        assert tokens(rollouts) == tokens(hf(policy(), FORCED, wanted))
+        assert gaps(policy(), batches(rollouts, "packed")).max() <= FP32_TOLERANCE
+    assert len(preempted) > 50
+    assert len(resets) == 1  # in the eighth call, whose last request has the names of the very first
+
+
 def test_a_group_reads_its_prompt_once(monkeypatch):
     from fastlatent.vllm_plugin.cpu_attention import block_size
 

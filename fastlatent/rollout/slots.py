@@ -2,8 +2,8 @@
 
 The engine schedules; a slot remembers. Tokens, latents and records are written to the slot when they are drawn and read from
 it whenever they are an input: at decode, in a chunk of a prompt, after preemption. The scheduler never sees a token, only a
-name for it: 0 for the last one of a completion, otherwise a hash of (call, prompt, sample, step, position). Names of different
-texts differ, so a key-value cache keyed by names shares prompts and nothing that a latent has touched.
+name for it: 0 for the last one of a completion, otherwise a number that differs from those of other requests at the same place.
+So a key-value cache keyed by names shares prompts and nothing that a latent has touched.
 """
 
 from __future__ import annotations
@@ -22,20 +22,25 @@ from fastlatent.types import Request, Rollout, Sampling
 LAST = 0
 """The name of a completion's last token: the scheduler stops at it."""
 
+STRIDE = 0x9E3779B1
+"""From one name of a request to its next, so that they are not those of a text that repeats a token."""
+
 
 class Slots:
     """`num_slots` requests at once of one call of `generate`; every tensor is on the device, nothing here waits for it."""
 
     def __init__(self, num_slots: int, method: Method, seed: Tensor, vocab_size: int):
-        self.method, self.seed, self.vocab_size = method, seed, vocab_size
+        self.method, self.seed = method, seed
         self.num_slots, self.device = num_slots, seed.device
         self.free = list(range(num_slots))
         self.slot_of: dict[int, int] = {}  # key of a request in flight -> its slot
         self.requests: dict[int, Request] = {}
-        self.call = self.next_key = 0
+        self.next_key = 0
+        self.num_names = vocab_size - 1  # as many requests in a row share no name; then they come round again
         # one slot more than there are requests: rows of a step that draw nothing write to it
         self.nowhere = num_slots
         self.counter_S2 = torch.zeros((num_slots + 1, 2), dtype=torch.int64, device=self.device)
+        self.key_S = torch.zeros(num_slots + 1, dtype=torch.int64, device=self.device)
         self.is_in_order = torch.ones((), dtype=torch.bool, device=self.device)
         self.buffers: Buffers | None = None
         self._layout = None
@@ -48,7 +53,7 @@ class Slots:
             raise RuntimeError(f"{len(self.slot_of)} requests of an earlier call still hold slots")
         keys = list(range(self.next_key, self.next_key + len(requests)))
         self.requests, self.next_key = dict(zip(keys, requests)), self.next_key + len(requests)
-        self.sampling, self.span, self.call = sampling, span, self.call + 1
+        self.sampling, self.span = sampling, span
         self.span_state = span.start(self.num_slots + 1, self.device)
         self.state = self.method.start(self.num_slots + 1, self.device)
         layout = (self.span.longest(sampling.max_new_tokens), self.method.record_spec(self.method.model.width, sampling))
@@ -71,6 +76,7 @@ class Slots:
         # numbers one by one: a tensor made of them on the host would have to be waited for
         self.counter_S2[slot, 0] = request.prompt.id
         self.counter_S2[slot, 1] = (request.step << 16) + request.sample
+        self.key_S[slot] = key
         for state, fresh in ((self.span_state, self.span.start(1, self.device)), (self.state, self.method.start(1, self.device))):
             for name, column in state.items():
                 column[slot] = fresh[name][0]
@@ -118,12 +124,5 @@ class Slots:
         for whole, rows in ((self.span_state, span_state), (self.state, state)):
             for name, column in whole.items():
                 column[slot_B] = rows[name]
-        return torch.where(span_state["done"], LAST, self._names(counter_B3))
-
-    def _names(self, counter_B3: Tensor) -> Tensor:
-        # multipliers are odd and large: 64-bit products wrap around, and the upper bits are well mixed
-        mixed_B = self.call * 0x632BE59BD9B4E019 % 2**63
-        for place, factor in enumerate((0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB)):
-            mixed_B = (mixed_B ^ (counter_B3[:, place] + place)) * factor
-            mixed_B = mixed_B ^ (mixed_B >> 29)
-        return 1 + (mixed_B >> 16).remainder(self.vocab_size - 1)
+        name_B = 1 + (self.key_S[slot_B] + time_B * STRIDE) % self.num_names
+        return torch.where(span_state["done"], LAST, name_B)

@@ -78,6 +78,7 @@ class VLLMEngine:
         self.own_head_weight_VD: Tensor | None = None
         seed = torch.tensor(parts.seed, dtype=torch.int64, device=parts.device)
         self.slots = Slots(config.max_batch, self.method, seed, parts.model.vocab_size)
+        self.first_key = 0  # of the requests whose keys and values may be cached
         holder = self.runner.model_state if hasattr(self.runner, "model_state") else self.runner
         holder.seats = Seats(self.slots, self._head)
 
@@ -183,6 +184,9 @@ class VLLMEngine:
                                 f"{wanted}, more than the {room} the vllm engine was started for (chat.max_prompt_tokens and "
                                 "sampling.max_new_tokens)")
         keys = self.slots.begin(requests, sampling, self.span)
+        if self.slots.next_key - self.first_key > self.slots.num_names:
+            self.engine.reset_prefix_cache()
+            self.first_key = self.slots.next_key - len(keys)
         done: dict[int, Rollout] = {}
         names = {f"{key}": key for key in keys}
         try:

@@ -35,7 +35,7 @@ from fastlatent.optim import Optimizer
 from fastlatent.profiling import reset_timings, span, timings
 from fastlatent.report import write_report
 from fastlatent.rewards.pool import RewardPool
-from fastlatent.rollout.failure import EngineFailed, generate
+from fastlatent.rollout.failure import EngineFailed, generate, load_weights, released
 from fastlatent.runfolder import RunFolder
 from fastlatent.schema import Config
 from fastlatent.trackers import open_trackers
@@ -116,7 +116,7 @@ class Trainer:
                 self._save()
                 view.note(f"interrupted: saved step {self.step} in {run.path}; go on with out={run.path} resume=auto")
             except EngineFailed as error:
-                # it was drawing, so the weights are those of the last whole step
+                # no step was being learnt from, so the weights are those of the last whole one
                 self._save()
                 (run.path / "engine-failure.txt").write_text("".join(format_exception(error)))
                 raise EngineFailed(f"{error}; saved step {self.step} in {run.path} beside engine-failure.txt; go on with "
@@ -161,10 +161,10 @@ class Trainer:
         with span("step") as whole:
             groups, samples, drawn = self._collect()
             whole.tokens = drawn.num_tokens
-            with self.engine.released():
+            with released(self.engine):
                 result = self.update(groups, commit)
-            commit()
-            self.step += 1
+                commit()
+                self.step += 1
         metrics = step_metrics.of_step(self.step, groups, samples, drawn, result, self.optimizer.lr,
                                        has_latents=build.has_latents(self.config, self.policy))
         return Learnt(result, metrics, step_metrics.sample_rows(self.step, samples, self.config.log.samples), drawn.errors)
@@ -263,7 +263,7 @@ class Trainer:
         """Hand the engine the weights of this step, unless it has them: before it draws, whatever for."""
         if self.engine.version != self.step:
             with span("rollout/weight_sync"):
-                self.engine.load_weights(self.policy.published(), self.step)
+                load_weights(self.engine, self.policy.published(), self.step)
 
     def _save(self) -> None:
         with span("checkpoint"):

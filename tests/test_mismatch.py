@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import tiny
@@ -490,6 +491,33 @@ def test_a_failing_engine_leaves_the_last_whole_step_and_one_sentence(
     assert "TORCH_USE_CUDA_DSA" in (out / "engine-failure.txt").read_text()
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{saved_at:06d}"]
     assert_same(outcome(run("failing", "mismatch.probe_tokens=0", "resume=auto")), whole)
+
+
+@pytest.mark.parametrize("doing, saved_at", [("taking the weights of step 1", 1), ("taking its memory again", 2)])
+def test_an_engine_that_fails_between_two_draws_leaves_the_last_whole_step(run, whole, monkeypatch, capsys, tmp_path, doing, saved_at):
+    load, calls, out = HFEngine.load_weights, [], tmp_path / "failing"
+
+    def failing_load(self, tensors, version):
+        if doing.startswith("taking the weights") and version == 1:
+            raise RuntimeError("CUDA error: out of memory")
+        load(self, tensors, version)
+
+    @contextmanager
+    def failing_released(self):
+        yield
+        calls.append(0)
+        if doing.startswith("taking its memory") and len(calls) == 2:
+            raise RuntimeError("CUDA error: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HFEngine, "load_weights", failing_load)
+        patch.setattr(HFEngine, "released", failing_released)
+        assert train.main([*WORDS, f"out={out}", "mismatch.probe_tokens=0"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: the engine failed while {doing}: RuntimeError: CUDA error: out of memory; ") and err.count("\n") == 1
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{saved_at:06d}"]
+    resumed = outcome(run("failing", "mismatch.probe_tokens=0", "resume=auto"))[1]
+    assert all(torch.equal(tensor, whole[1][name]) for name, tensor in resumed.items())
 
 
 def test_a_failure_keeps_its_cause_for_whoever_trains_from_python(run, monkeypatch):

@@ -1,8 +1,12 @@
-"""An engine that fails while it draws: one sentence with its cause, so that the run can save itself before it ends."""
+"""An engine that fails while a run needs it: one sentence with its cause, so that the run can save itself before it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
 
 from fastlatent.errors import UserError
 from fastlatent.interrupt import Interrupted
@@ -16,11 +20,37 @@ class EngineFailed(Exception):
 
 def generate(engine: RolloutEngine, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
     """`engine.generate`; EngineFailed where it raises, unless it was told to stop or says something to the user itself."""
-    try:
+    with _telling(f"drawing {len(requests)} completions"):
         return engine.generate(requests, sampling)
+
+
+def load_weights(engine: RolloutEngine, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    """`engine.load_weights`, in the same way."""
+    with _telling(f"taking the weights of step {version}"):
+        engine.load_weights(tensors, version)
+
+
+@contextmanager
+def released(engine: RolloutEngine) -> Iterator[None]:
+    """`engine.released`, in the same way; what is raised inside is not the engine's."""
+    asleep = engine.released()
+    with _telling("handing its memory back"):
+        asleep.__enter__()
+    try:
+        yield
+    except BaseException:
+        asleep.__exit__(*sys.exc_info())
+        raise
+    with _telling("taking its memory again"):
+        asleep.__exit__(None, None, None)
+
+
+@contextmanager
+def _telling(doing: str) -> Iterator[None]:
+    try:
+        yield
     except (Interrupted, UserError):
         raise
     except Exception as error:  # whatever an engine and all it stands on may raise
         first = str(error).strip().partition("\n")[0]
-        raise EngineFailed(f"the engine failed while drawing {len(requests)} completions: {type(error).__name__}"
-                           f"{': ' if first else ''}{first}") from error
+        raise EngineFailed(f"the engine failed while {doing}: {type(error).__name__}{': ' if first else ''}{first}") from error

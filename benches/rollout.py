@@ -41,7 +41,9 @@ ENDS = {
 MODES = {"discrete": ("discrete",), "hrpo_topk": ("latent", "sampling.top_k=50", "model.freeze_embedding=true"), "hrpo_full": ("latent",)}
 """The recipe of each mode, and what is different in it."""
 OURS = {"hf": ("engine.name=hf", "engine.max_batch={batch}"),
-        "vllm": ("engine.name=vllm", "engine.max_batch={batch}", "engine.kv_cache_gib=1")}
+        # an engine a mode, all in this process: on a GPU they share its memory, and vLLM lets only one of them sleep
+        "vllm": ("engine.name=vllm", "engine.max_batch={batch}", "engine.kv_cache_gib=1", "engine.sleep=false",
+                 "engine.gpu_memory_share={share}")}
 ENGINES = (*OURS, "loop", "generate")
 GROUP_SIZE = 8
 
@@ -53,7 +55,8 @@ class OurEngine:
 
     def __init__(self, engine: str, mode: str, args, tokenizer):
         recipe, *overrides = MODES[mode]
-        overrides += [word.format(batch=max(args.batches)) for word in OURS[engine]]
+        share = round(0.6 / len(args.mode.split(",")), 2)
+        overrides += [word.format(batch=max(args.batches), share=share) for word in OURS[engine]]
         self.config = setting.config(recipe, args.model, *overrides)
         self.engine = setting.engine(self.config, tokenizer)
         self.spans = {"recipe": self.engine.span}

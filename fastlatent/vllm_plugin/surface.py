@@ -12,8 +12,17 @@ from fastlatent.errors import UserError
 
 INSTALL = {"cpu": "make vllm", "cuda": 'pip install -e ".[vllm]"'}
 
+ENGINE = {
+    "vllm": ["LLM", "ModelRegistry.register_model", "SamplingParams.extra_args"],
+    "vllm.v1.engine.llm_engine": [f"LLMEngine.{name}" for name in (
+        "add_request", "step", "has_unfinished_requests", "abort_request", "reset_prefix_cache", "sleep", "wake_up")],
+    "vllm.v1.engine.core_client": ["InprocClient.shutdown"],
+    "vllm.v1.core.sched.output": ["NewRequestData.sampling_params", "NewRequestData.prompt_token_ids"],
+}
+"""What the engine itself uses, whichever runner it has."""
+
 SURFACE = {
-    "v1": {
+    "v1": ENGINE | {
         "vllm.v1.worker.cpu_worker": ["CPUModelRunner", "CPUWorker.init_device"],
         "vllm.v1.worker.cpu_model_runner": [
             "CPUModelRunner._update_states", "CPUModelRunner._preprocess", "CPUModelRunner._sample",
@@ -26,10 +35,12 @@ SURFACE = {
             "CPUAttentionBackendImpl.forward", "_get_attn_isa"],
         "vllm.v1.attention.backends.registry": ["AttentionBackendEnum.CPU_ATTN", "register_backend"],
     },
-    "v2": {
+    "v2": ENGINE | {
+        "vllm.v1.worker.gpu.model_states": ["init_model_state"],  # asks our model class for its model state
         "vllm.v1.worker.gpu.model_states.default": [
             "DefaultModelState.add_request", "DefaultModelState.prepare_inputs", "DefaultModelState.prepare_dummy_inputs",
             "DefaultModelState.custom_sampler"],
+        "vllm.v1.worker.gpu.sample.sampler": ["Sampler.__call__"],
         "vllm.v1.worker.gpu.model_runner": ["GPUModelRunner.reload_weights"],
         "vllm.v1.worker.gpu.input_batch": [f"InputBatch.{name}" for name in (
             "num_reqs", "num_tokens", "num_tokens_after_padding", "input_ids", "positions", "idx_mapping", "query_start_loc",

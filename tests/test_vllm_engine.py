@@ -481,3 +481,25 @@ def test_a_prompt_or_completion_that_does_not_fit_is_named():
 def test_too_little_memory_is_one_sentence():
     with pytest.raises(UserError, match="engine: vllm did not start: .*engine.kv_cache_gib"):
         start(policy(), kv_cache_gib=1e-6)
+
+
+def test_what_vllm_says_of_an_option_is_said():
+    with pytest.raises(UserError, match=r"vllm did not start: User-specified max_model_len \(5022\) is greater than .*engine.name=hf$"):
+        start(policy(), max_prompt=5000)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["engine.max_batch_tokens=3"], "engine.max_batch_tokens: wanted 0 or at least engine.max_batch=64, got 3"),
+    (["engine.kv_cache_gib=0"], "engine.kv_cache_gib: wanted more than 0, got 0"),
+    (["engine.gpu_memory_share=1.5"], "engine.gpu_memory_share: wanted more than 0 and at most 1, got 1.5"),
+    (["engine.num_kv_blocks=-1"], "engine.num_kv_blocks: wanted 0 or more, got -1"),
+])
+def test_a_wrong_option_is_named_before_a_model_is_loaded(words, sentence):
+    with pytest.raises(UserError) as error:
+        load_config("grpo_quickstart", "engine.name=vllm", *words)
+    assert sentence in str(error.value)
+
+
+def test_blocks_that_it_cannot_attend_with_are_named_before_a_model_is_loaded():
+    with pytest.raises(UserError, match="engine.name: vllm wants engine.block_size to be a multiple of 16 on a CPU, or of 32 on some, and got 7"):
+        VLLMEngine.check(VLLMEngine.Config(block_size=7), policy().base.config, CPU)

@@ -64,9 +64,16 @@ class VLLMEngine:
         def __post_init__(self):
             if self.runner not in ("auto", "v1", "v2"):
                 raise UserError(f"engine.runner: {self.runner!r} is not one of auto, v1, v2")
-            for name, least in (("max_batch", 1), ("max_batch_tokens", 0), ("block_size", 0)):
+            for name, least in (("max_batch", 1), ("max_batch_tokens", 0), ("block_size", 0), ("num_kv_blocks", 0)):
                 if getattr(self, name) < least:
                     raise UserError(f"engine.{name}: wanted {least} or more, got {getattr(self, name)}")
+            if 0 < self.max_batch_tokens < self.max_batch:
+                raise UserError(f"engine.max_batch_tokens: wanted 0 or at least engine.max_batch={self.max_batch}, got "
+                                f"{self.max_batch_tokens}")
+            if not self.kv_cache_gib > 0:
+                raise UserError(f"engine.kv_cache_gib: wanted more than 0, got {self.kv_cache_gib}")
+            if not 0 < self.gpu_memory_share <= 1:
+                raise UserError(f"engine.gpu_memory_share: wanted more than 0 and at most 1, got {self.gpu_memory_share}")
 
     def __init__(self, config: Config, parts: EngineParts):
         self.config, self.parts, self.span, self.version = config, parts, parts.span, -1
@@ -89,6 +96,8 @@ class VLLMEngine:
             return f"vllm runs {', '.join(FAMILIES)} models here, not {model.model_type!r}"
         if device.type == "cpu" and (head_size := _head_size(model)) not in CPU_HEAD_SIZES:
             return f"vllm attends on a CPU with heads of {', '.join(map(str, CPU_HEAD_SIZES))}, and this model's have {head_size}"
+        if device.type == "cpu" and config.block_size % 16:
+            return f"vllm wants engine.block_size to be a multiple of 16 on a CPU, or of 32 on some, and got {config.block_size}"
         return surface.refusal(surface.runner_of(config.runner, device), device)
 
     @classmethod
@@ -275,9 +284,17 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
                 block_size=config.block_size or block_size,
                 enforce_eager=is_cpu or config.eager, enable_prefix_caching=config.prefix_caching, **options)
     except (ValueError, RuntimeError) as error:  # what vLLM raises for a wrong option and for too little memory
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"engine: vllm did not start: {cause} (memory: engine.kv_cache_gib, engine.gpu_memory_share; batch: "
+        raise UserError(f"engine: vllm did not start: {_cause(error)} (memory: engine.kv_cache_gib, engine.gpu_memory_share; batch: "
                         "engine.max_batch, engine.max_batch_tokens), or use engine.name=hf") from error
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
     return llm.llm_engine
+
+
+def _cause(error: ValueError | RuntimeError) -> str:
+    """What is wrong, in one line."""
+    from pydantic import ValidationError  # vLLM's, as this error then is
+
+    if isinstance(error, ValidationError):  # whose own first line is how many there are
+        error = error.errors()[0]["msg"].removeprefix("Value error, ")
+    return str(error).strip().partition("\n")[0] or type(error).__name__

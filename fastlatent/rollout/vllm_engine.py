@@ -164,6 +164,7 @@ class VLLMEngine:
         try:
             yield
         finally:
+            torch.cuda.empty_cache()  # vLLM asks the driver for memory: what the update has let go of is still torch's
             self.engine.wake_up()
 
     def close(self) -> None:

@@ -6,21 +6,24 @@
 #   benches/gpu.sh --needs               what must be carried to such a machine, and whether it is here
 #   benches/gpu.sh --pack DIR            fetch it (with a network) into DIR/1, DIR/2, ... of at most 60 MB each
 #
-# Paths are relative to the checkout. Each part takes at most 9 minutes and writes as it goes. Without --part the parts run in the order above, that of value, until
-# --minutes (default 27) are spent; a part that was not begun is said to be so. What is built and carried stays in --store
-# between calls, and so do the lines of earlier calls: the summary is always of all of them. --out receives six files:
-# summary.md (one page, written last), results.jsonl (of the benchmarks), parts.jsonl, log.txt, sanitize.txt, train.jsonl.
+# Paths are relative to the checkout. Each part takes at most 9 minutes and writes as it goes. Without --part the parts run in
+# the order above, that of value, until --minutes (default 27) are spent; a part that was not begun is said to be so. What is
+# built and carried stays in --store between calls (--part build then only imports it), and so do the lines of earlier calls:
+# the summary is always of all of them. --out receives six files: summary.md (one page, written last), results.jsonl (of the
+# benchmarks), parts.jsonl, log.txt, sanitize.txt, train.jsonl.
 # --device cpu runs every part at small sizes: it proves the battery, not the GPU.
 #
-# A schedule for 30 minutes of a GPU lent in calls of at most 10 minutes, in this order, one soon after the other:
+# A schedule for 30 minutes of a GPU with Python 3.12 and no network, lent in calls of at most 10 minutes, one soon after the
+# other. Before it, where there is a network: benches/gpu.sh --pack carried --python 3.12 --also pybind11,scikit-build-core
 #
-#   1. benches/gpu.sh --store S --keep carried/1 --part build --part tests --minutes 9      wheels, the model's first half
-#   2. benches/gpu.sh --store S --keep carried/2 --part train --part kernels --minutes 9    the model's second half
-#   3. benches/gpu.sh --store S --part rollout --part update --part sanitize --minutes 8.5
+#   1. benches/gpu.sh --store S --keep carried/1 --part build --part tests --minutes 8.5
+#   2. benches/gpu.sh --store S --keep carried/2 --part build --part train --part kernels --minutes 8.5
+#   3. benches/gpu.sh --store S --keep carried/1 --part build --part rollout --part update --part sanitize --minutes 8.5
 #
-# Afterwards: results.jsonl belongs into benches/baselines/<hardware>.jsonl, then python -m benches.readme.
-# `python -m benches.compare OLD NEW` marks what changed. On a machine that is given away between two calls begin each with the
-# pieces and --part build (about 2 minutes). Where the checkout has no history there, say --commit $(git rev-parse HEAD).
+# Each piece holds all that a build needs and half of the small model: a call that finds a fresh machine instead of the last
+# one builds again (about 2 minutes) and goes on, with random weights where a half is missing. Where the checkout has no
+# history there, say --commit SHA to each. Afterwards: results.jsonl belongs into benches/baselines/<hardware>.jsonl, then
+# python -m benches.readme. `python -m benches.compare OLD NEW` marks what changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1

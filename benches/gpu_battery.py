@@ -78,6 +78,8 @@ def main(argv: Sequence[str]) -> int:
         chosen = [part for part in PARTS if part in (args.part or PARTS)]
         if not chosen:
             return 0
+        if "build" not in chosen and not gpu_parts.is_built(args.store):
+            raise ValueError(f"--part: nothing is built in {args.store} yet; begin with --part build, which takes seconds where it is")
         if args.device == "cuda" and not gpu_parts.has_gpu():
             raise ValueError("--device: torch sees no GPU here; --device cpu runs every part at small sizes")
         return battery(Place(args.device, args.out, args.store), chosen, args.minutes * 60, args.commit)

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 PIECE_BYTES = 60 * 10**6
+SMALL_BYTES = 10**6
+"""A file up to this size goes into every piece: a machine that has got any one of them can build."""
+
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
 
@@ -87,17 +90,23 @@ def pack(folder: Path, also: list[str], python: str | None) -> list[Path]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise ValueError(f"--pack: pip could not fetch {_pinned(need)}: {(done.stderr.strip() or 'no reason').splitlines()[-1]}")
-    pieces = cut(sorted(fetched.iterdir(), key=lambda file: file.stat().st_size), folder, PIECE_BYTES)
+    files = sorted(fetched.iterdir(), key=lambda file: file.stat().st_size)
+    pieces = cut(files, folder, PIECE_BYTES, SMALL_BYTES)
     shutil.rmtree(fetched)
     return pieces
 
 
-def cut(files: list[Path], folder: Path, piece_bytes: int) -> list[Path]:
-    """Copy `files`, in this order, into folder/1, folder/2, ... of at most `piece_bytes`, splitting what fits into none."""
+def cut(files: list[Path], folder: Path, piece_bytes: int, small_bytes: int = -1) -> list[Path]:
+    """Copy `files`, in this order, into folder/1, folder/2, ... of at most `piece_bytes`, splitting what fits into none.
+
+    Files of at most `small_bytes` go into every one.
+    """
+    everywhere = [file for file in files if file.stat().st_size <= small_bytes]
+    piece_bytes -= sum(file.stat().st_size for file in everywhere)
     number, free = 1, piece_bytes
     pieces = [folder / "1"]
     pieces[0].mkdir(parents=True)
-    for file in files:
+    for file in (file for file in files if file not in everywhere):
         content, parts = file.read_bytes(), []
         count = -(-len(content) // piece_bytes)
         size = -(-len(content) // count) if count else 0
@@ -110,6 +119,9 @@ def cut(files: list[Path], folder: Path, piece_bytes: int) -> list[Path]:
             name = file.name if len(parts) == 1 else f"{file.name}.{index}of{len(parts)}"
             (pieces[-1] / name).write_bytes(part)
             free -= len(part)
+    for piece in pieces:
+        for file in everywhere:
+            shutil.copy(file, piece / file.name)
     return pieces
 
 

@@ -5,6 +5,7 @@ A part is a generator of steps, so that what comes between two commands is done 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -22,6 +23,9 @@ MODEL = "qwen2.5-1.5b"
 
 SMALL = "smollm2-135m-instruct"
 """The model that learns something, where it was carried."""
+
+ENGINES = "hf,loop,generate"
+"""What draws in the rollout's benchmark: ours, the loop its rate is promised against, and transformers' own."""
 
 BY_VALUE = ("policy_gradient_head", "vocab_head", "hrpo_gate", "topk_mixture", "hrpo_gate_decode", "gaussian_reparam",
             "token_logprob", "topk_gumbel", "soft_embedding")
@@ -63,7 +67,26 @@ class Place:
 
 
 def build(at: Place) -> Iterator[Step]:
-    """An environment of our own over this Python's packages, the extension in it, and the model with random weights."""
+    """An environment of our own over this Python's packages, the extension in it, and the model with random weights.
+
+    What an earlier call built of the same sources is kept, and only imported.
+    """
+    stamp, sources = at.store / "built", digest(at)
+    is_new = not (stamp.is_file() and stamp.read_text() == sources)
+    if is_new:
+        stamp.unlink(missing_ok=True)
+        yield from install(at)
+    modules = "fastlatent_kernels._C" + (", fastlatent_kernels._cuda" if at.is_cuda else "")
+    code = (f"import pathlib, {modules}, fastlatent.trainer\n"
+            f"pathlib.Path({str(stamp)!r}).write_text({sources!r})\nprint({modules})")
+    yield Step("imports", (at.python, "-c", code), 90)
+    if is_new:
+        yield at.module("doctor", "fastlatent.doctor", limit_s=90)
+    if not (at.random_model / "config.json").is_file():
+        yield at.module("random model", "benches.random_model", at.random_model.name, at.random_model, limit_s=180)
+
+
+def install(at: Place) -> Iterator[Step]:
     venv = at.store / "venv"
     yield Step("environment", (sys.executable, "-m", "venv", "--without-pip", "--clear", venv), 60)
     link_packages(venv)
@@ -73,11 +96,16 @@ def build(at: Place) -> Iterator[Step]:
     yield Step("extension", (
         *pip, "--no-build-isolation", f"--config-settings=build-dir={at.store / 'build'}",
         f"--config-settings=cmake.define.FASTLATENT_CUDA={'ON' if at.is_cuda else 'OFF'}", "--editable", ROOT), 420)
-    modules = "fastlatent_kernels._C" + (", fastlatent_kernels._cuda" if at.is_cuda else "")
-    yield Step("imports", (at.python, "-c", f"import {modules}, fastlatent.trainer; print({modules})"), 90)
-    yield at.module("doctor", "fastlatent.doctor", limit_s=90)
-    if not (at.random_model / "config.json").is_file():
-        yield at.module("random model", "benches.random_model", at.random_model.name, at.random_model, limit_s=180)
+
+
+def digest(at: Place) -> str:
+    """Of all that an install is made of."""
+    names = [file.name for file in gpu_needs.wheels_to_install(at.store)]
+    out = hashlib.sha256("\n".join((at.device, sys.version, str(ROOT), *names)).encode())
+    for path in (ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").rglob("*"))):
+        if path.is_file():
+            out.update(path.read_bytes())
+    return out.hexdigest()
 
 
 def small_model(at: Place) -> Iterator[Step]:
@@ -101,7 +129,7 @@ def tests(at: Place) -> Iterator[Step]:
     # eight at a time: compiling Triton's kernels takes longest
     several = ("-n", "8") if at.is_cuda and importlib.util.find_spec("xdist") else ()
     if at.is_cuda:
-        yield at.module("kernels", *pytest, *several, "-m", "gpu", "tests/kernels", limit_s=400)
+        yield at.module("kernels", *pytest, *several, "-m", "gpu", "tests/kernels", limit_s=280)
         yield at.module("noise", *pytest, "tests/kernels/test_triton_support.py", limit_s=120)
         yield at.module("trainer", *pytest, "-m", "gpu", "tests/test_gpu.py", "tests/test_bench_kernels.py",
                         "tests/test_profiling.py", limit_s=200)
@@ -144,14 +172,15 @@ def kernels(at: Place) -> Iterator[Step]:
 
 def rollout(at: Place) -> Iterator[Step]:
     if not at.is_cuda:
-        yield at.module("tiny", "benches.rollout", "--model", at.random_model, "--batch", "8", "--rounds", "1", "--out", at.results,
-                        limit_s=240)
+        yield at.module("tiny", "benches.rollout", "--model", at.random_model, "--engine", ENGINES, "--batch", "8", "--rounds", "1",
+                        "--out", at.results, limit_s=240)
         return
     yield from small_model(at)
+    words = ("--engine", ENGINES, "--batch", "64", "--rounds", "3", "--out", at.results)
     if at.has_small_model:
-        yield at.module(SMALL, "benches.rollout", "--batch", "64", "--rounds", "3", "--out", at.results, limit_s=240)
-    yield at.module(MODEL, "benches.rollout", "--model", at.random_model, "--batch", "64", "--rounds", "3", "--out", at.results,
-                    limit_s=290)
+        yield at.module(SMALL, "benches.rollout", *words, limit_s=150)
+    # random weights hardly ever draw an end of their own
+    yield at.module(MODEL, "benches.rollout", "--model", at.random_model, "--ends", "equal", *words, limit_s=150)
 
 
 def update(at: Place) -> Iterator[Step]:
@@ -163,8 +192,9 @@ def update(at: Place) -> Iterator[Step]:
         return
     yield from small_model(at)
     # 32 x 480 drawn tokens and their prompts: about 16k in one microbatch
-    yield against(f"{MODEL}, 16k tokens", "none", "--model", at.random_model, "--batch", "32", "--length", "480",
-                  "--tokens-per-microbatch", "20000", "--rounds", "5", limit_s=200)
+    long = ("--model", at.random_model, "--batch", "32", "--length", "480", "--tokens-per-microbatch", "20000", "--rounds", "5")
+    yield against(f"{MODEL}, 16k tokens", "none", *long, limit_s=150)
+    yield against(f"{MODEL}, 16k tokens, compiled", "none", *long, "--with", "model.compile=true", limit_s=150)
     for name, words in ((SMALL, ()), (MODEL, ("--model", at.random_model))):
         if words or at.has_small_model:
             alone = against(f"{name}, alone", "none", *words, "--rounds", "5", limit_s=60)
@@ -190,6 +220,11 @@ def tool_path(name: str) -> str:
 PARTS: dict[str, Callable[[Place], Iterator[Step]]] = {
     "build": build, "tests": tests, "train": train, "kernels": kernels, "rollout": rollout, "update": update, "sanitize": sanitize}
 """In the order of value."""
+
+
+def is_built(store: Path) -> bool:
+    """Whether there is something to run: what an earlier call installed, or the project in this Python itself."""
+    return (store / "venv" / "bin" / "python").is_file() or importlib.util.find_spec("fastlatent_kernels") is not None
 
 
 def has_gpu() -> bool:

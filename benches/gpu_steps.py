@@ -22,6 +22,9 @@ REFUSALS = re.compile(r"Device not supported|not supported on this|Unable to (?:
                       r"ERR_NVGPUCTRPERM|Operation not permitted|is not supported by the (?:driver|device)", re.IGNORECASE)
 """What a tool prints that the machine, not our code, keeps from running."""
 
+EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?:Error|Exception)(?::|$)")
+"""The line of a traceback that names it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -80,7 +83,7 @@ def run(step: Step, out: Path, seconds_left: float) -> Outcome:
         return Outcome(OK, seconds, "", lines)
     if step.is_tool and (said := next((line for line in lines if REFUSALS.search(line)), None)):
         return Outcome(REFUSED, seconds, said.strip("= \n"), lines)
-    return Outcome(FAILED, seconds, f"exit code {code}: {_last(lines)}", lines)
+    return Outcome(FAILED, seconds, f"exit code {code}: {_reason(lines)}", lines)
 
 
 def _copy(process: subprocess.Popen, log) -> list[str]:
@@ -105,5 +108,9 @@ def _kill(process: subprocess.Popen) -> None:
         pass
 
 
-def _last(lines: Sequence[str]) -> str:
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")[:300]
+def _reason(lines: Sequence[str]) -> str:
+    """The exception that ended it, behind whose message torch writes advice; where there was none, what was printed last."""
+    said = [line.strip() for line in lines if line.strip()]
+    raised = [line for line in said if EXCEPTION.match(line)]
+    is_uncaught = any(line.startswith("Traceback (most recent call last)") for line in said)
+    return (raised[-1] if raised and is_uncaught else said[-1] if said else "it printed nothing")[:300]

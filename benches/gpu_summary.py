@@ -10,6 +10,10 @@ Row = Mapping[str, Any]
 MOST_FAILURES = 12
 """Failed tests that are named; all are in the log."""
 
+RATES = {"rollout": {"x generate": ("speed_over_generate", "{:.2f}"), "x loop": ("speed_over_loop", "{:.2f}")},
+         "update": {"x trl": ("speed_over_trl", "{:.2f}"), "MFU": ("mfu_share", "{:.1%}")}}
+"""Of benchmarks in tokens per second: what else is shown, from which metric and how it is written."""
+
 
 def summary(parts: Sequence[Row], results: Sequence[Row]) -> str:
     """`parts` are the lines of parts.jsonl, `results` those of results.jsonl; of lines about one thing the last counts."""
@@ -70,13 +74,13 @@ def _kernels(rows: Sequence[Row]) -> list[str]:
 
 def _rates(rows: Sequence[Row]) -> list[str]:
     out = []
-    for bench, ratio in (("rollout", "speed_over_generate"), ("update", "speed_over_trl")):
+    for bench, more in RATES.items():
         lines = [(row["facts"]["model"].rpartition("/")[2], row["case"], row["variant"], f"{row['metrics']['rate_tok_s']:.0f}",
-                  f"{row['metrics']['wall_s']:.3g}", f"{row['metrics'][ratio]:.2f}" if ratio in row["metrics"] else "",
-                  f"{row['metrics']['mfu_share']:.1%}" if "mfu_share" in row["metrics"] else "")
+                  f"{row['metrics']['wall_s']:.3g}",
+                  *(form.format(row["metrics"][metric]) if metric in row["metrics"] else "" for metric, form in more.values()))
                  for row in rows if row["bench"] == bench]
         if lines:
-            out.append(table((bench, "case", "variant", "tok/s", "s", ratio.replace("speed_over_", "x "), "MFU"), lines))
+            out.append(table((bench, "case", "variant", "tok/s", "s", *more), lines))
     return out
 
 

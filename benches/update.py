@@ -109,7 +109,8 @@ def _result(name: str, laps: dict[str, list[Lap]], peaks: dict[str, int | None],
         samples["mfu_share"] = [facts["model_flops"] / lap.wall_s / peak_flop_s for lap in own]
     if name != "trl" and theirs is not None:
         samples["speed_over_trl"] = [t.wall_s / o.wall_s for o, t in zip(own, theirs, strict=True)]
-    case = f"{facts['completions']} completions" + (f" of {facts['length']} tokens" if facts["length"] is not None else "")
+    length = f" of {facts['length']} tokens" if facts["length"] is not None else ""
+    case = ", ".join([f"{facts['completions']} completions{length}", *facts["changes"]])
     return Result(bench="update", case=case, variant=name, samples=samples, facts=facts)
 
 
@@ -123,7 +124,7 @@ def _line(result: Result) -> str:
 
 
 def run(args, folder: Path) -> list[Result]:
-    more = [] if args.length is None else [f"sampling.max_new_tokens={args.length}"]
+    more = [*args.changes, *([] if args.length is None else [f"sampling.max_new_tokens={args.length}"])]
     if args.tokens_per_microbatch is not None:
         more.append(f"update.tokens_per_microbatch={args.tokens_per_microbatch}")
     discrete, latent = (setting.config(mode, args.model, *more) for mode in ("discrete", "latent"))
@@ -134,7 +135,7 @@ def run(args, folder: Path) -> list[Result]:
     plain = without_latents(groups)
     policy = build.policy(latent)
     facts = setting.facts(latent) | _sizes(groups) | {
-        "length": args.length, "tokens_per_microbatch": latent.update.tokens_per_microbatch,
+        "length": args.length, "changes": args.changes, "tokens_per_microbatch": latent.update.tokens_per_microbatch,
         "model_flops": model_flops(policy, groups, latent)}
     updates: dict[str, Update] = {
         "latent": our_update(latent, groups, policy), "discrete": our_update(discrete, plain, build.policy(discrete))}
@@ -176,6 +177,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--against", choices=("trl", "none"), default="trl", help="the rival (default: trl)")
     parser.add_argument("--length", type=int, metavar="N", help="tokens of every completion (default: as the recipe ends them)")
     parser.add_argument("--tokens-per-microbatch", type=int, metavar="N", help="default: the recipe's")
+    parser.add_argument("--with", dest="changes", action="append", default=[], metavar="KEY=VALUE",
+                        help="an option of the recipe that is otherwise, such as model.compile=true; may be repeated")
     args = parser.parse_args(argv)
     setting.apply(args)
     machine = results.machine()

@@ -44,9 +44,12 @@ def test_every_part_runs_on_a_cpu_and_leaves_six_files(tmp_path):
     assert len(text.splitlines()) < 120 and "abc123" in text and "hf-hrpo_full" in text and "float32 passed" in text
     # the extension of the build is the one that was used
     assert str(tmp_path / "store" / "venv") in (tmp_path / "out" / "log.txt").read_text()
-    # a second call knows of the first
-    again = battery("--device", "cpu", "--part", "sanitize", "--out", tmp_path / "new", "--store", tmp_path / "store")
+    # a second call knows of the first, and builds nothing again
+    again = battery("--device", "cpu", "--part", "build", "--part", "sanitize", "--out", tmp_path / "new", "--store",
+                    tmp_path / "store", "--commit", "abc123")
     assert again.returncode == 0 and "hrpo_quickstart" in (tmp_path / "new" / "summary.md").read_text()
+    more = [json.loads(line) for line in (tmp_path / "new" / "parts.jsonl").read_text().splitlines()][len(rows):]
+    assert [row["step"] for row in more] == ["imports", "memcheck", "racecheck"]
 
 
 def test_the_schedule_names_every_part_and_fits():
@@ -55,7 +58,10 @@ def test_the_schedule_names_every_part_and_fits():
     calls = [line for line in text.splitlines() if line.startswith("#   ") and "--store S" in line]
     named = [word for line in calls for flag, word in zip(line.split(), line.split()[1:]) if flag == "--part"]
     minutes = [float(line.split("--minutes ")[1].split()[0]) for line in calls]
-    assert sorted(named) == sorted(PARTS) and max(minutes) < 10 and sum(minutes) < 28
+    assert [word for word in named if word != "build"] == [part for part in PARTS if part != "build"]
+    assert max(minutes) < 10 and sum(minutes) < 28
+    # whichever machine a call finds, it can build there
+    assert all("--keep carried/" in line and line.split("--part ")[1].split()[0] == "build" for line in calls)
 
 
 @pytest.mark.parametrize(("words", "said"), [
@@ -67,6 +73,37 @@ def test_bad_arguments_are_a_sentence(words, said, tmp_path, capsys):
     assert gpu_battery.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and said in line
+
+
+def test_what_was_never_built_is_not_begun(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_parts.importlib.util, "find_spec", lambda name: None)
+    assert gpu_battery.main(["--device", "cpu", "--part", "train", "--store", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert f"nothing is built in {tmp_path} yet; begin with --part build" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["source", "wheel", "device"])
+def test_a_build_is_kept_until_what_it_is_made_of_changes(change, monkeypatch, tmp_path):
+    for name in ("csrc", "wheels"):
+        (tmp_path / name).mkdir()
+    for name in ("pyproject.toml", "CMakeLists.txt", "csrc/a.cpp"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_parts, "link_packages", lambda venv: None)
+    at = Place("cpu", tmp_path, tmp_path)
+
+    def named() -> list[str]:
+        return [step.name for step in gpu_parts.build(at)]
+
+    (tmp_path / "built").write_text(gpu_parts.digest(at))
+    assert "extension" not in named()
+    if change == "source":
+        (tmp_path / "csrc" / "a.cpp").write_text("other")
+    elif change == "wheel":
+        (tmp_path / "wheels" / "omegaconf-2.4.0-py3-none-any.whl").touch()
+    else:
+        at = Place("cuda", tmp_path, tmp_path)
+    assert "extension" in named() and not (tmp_path / "built").exists()
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -93,7 +130,7 @@ def test_the_commands_for_a_gpu_exist(part, tmp_path, monkeypatch):
             if words[at].startswith("benches."):
                 options = {word for word in words[at:] if word.startswith("--")}
                 text = path.read_text() + (ROOT / "benches" / "setting.py").read_text() + (ROOT / "benches" / "results.py").read_text()
-                assert [option for option in options if f'"{option}"' not in text] == []
+                assert [option for option in options if f'"{option}"' not in text and f'("{option[2:]}", ' not in text] == []
         for word in words:
             if word.startswith(("tests/", ".ci/")):
                 assert (ROOT / word).exists(), word
@@ -124,6 +161,8 @@ def test_what_became_of_a_step(tmp_path):
     assert gpu_steps.run(step("print(1)"), tmp_path, 100).status == OK
     failed = gpu_steps.run(step("raise ValueError('why')"), tmp_path, 100)
     assert failed.status == FAILED and failed.note == "exit code 1: ValueError: why"
+    advised = gpu_steps.run(step("raise RuntimeError('CUDA error: no\\nFor debugging consider this.')"), tmp_path, 100)
+    assert advised.note == "exit code 1: RuntimeError: CUDA error: no"
     refused = gpu_steps.run(step(refusing, is_tool=True), tmp_path, 100)
     assert refused.status == REFUSED and refused.note == "Error: Device not supported"
     assert gpu_steps.run(step(refusing), tmp_path, 100).status == FAILED
@@ -164,6 +203,20 @@ def test_pieces_are_small_and_put_together_in_any_order(tmp_path):
     sizes = [sum(file.stat().st_size for file in piece.iterdir()) for piece in pieces]
     assert max(sizes) <= 1000 and sum(sizes) == sum(map(len, contents.values()))
     for piece in reversed(pieces):
+        gpu_needs.keep(piece, tmp_path / "store")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "store" / "wheels").iterdir()} == contents
+
+
+def test_each_piece_has_what_is_small(tmp_path):
+    contents = {"a.whl": b"a" * 10, "b.whl": b"b" * 20, "model.whl": bytes(range(256)) * 8}
+    (tmp_path / "fetched").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "fetched" / name).write_bytes(content)
+    files = sorted((tmp_path / "fetched").iterdir(), key=lambda file: file.stat().st_size)
+    pieces = gpu_needs.cut(files, tmp_path / "pieces", 1100, small_bytes=20)
+    assert len(pieces) == 2 and all(sum(file.stat().st_size for file in piece.iterdir()) <= 1100 for piece in pieces)
+    for piece in pieces:
+        assert {"a.whl", "b.whl"} < {file.name for file in piece.iterdir()}
         gpu_needs.keep(piece, tmp_path / "store")
     assert {file.name: file.read_bytes() for file in (tmp_path / "store" / "wheels").iterdir()} == contents
 
@@ -235,11 +288,12 @@ def test_an_update_of_a_given_length_has_it_and_needs_no_trl(tmp_path, monkeypat
     random_model.save("tiny", tmp_path / "model")
     out = tmp_path / "lines.jsonl"
     update.main(["--model", str(tmp_path / "model"), "--against", "none", "--batch", "8", "--length", "40", "--rounds", "1",
-                 "--out", str(out)])
+                 "--with", "model.gradient_checkpointing=true", "--out", str(out)])
     rows = results.read(out)
     assert [row["variant"] for row in rows] == ["latent", "discrete"]
     for row in rows:
-        assert row["facts"]["completion_tokens"] == 8 * 40 and row["case"] == "8 completions of 40 tokens"
+        assert row["facts"]["completion_tokens"] == 8 * 40
+        assert row["case"] == "8 completions of 40 tokens, model.gradient_checkpointing=true"
         share = row["facts"]["model_flops"] / row["metrics"]["wall_s"] / 1e12
         assert row["metrics"]["mfu_share"] == pytest.approx(share, rel=1e-3)
 
@@ -254,3 +308,5 @@ def test_the_summary_shows_the_newest_of_each_thing():
     assert "| tests | kernels | failed | 3 | a/b |" in text and "stopped" not in text
     assert "- and 2 more, see log.txt" in text and "commit 0123456789;" in text and "Some GPU, 16 cores; torch 2.11" in text
     assert "| qwen2.5-1.5b | 8 completions | latent | 100 | 2 |  | 41.7% |" in text and text.count("8 completions") == 1
+    ours = line | {"bench": "rollout", "metrics": {"rate_tok_s": 100.0, "wall_s": 2.0, "speed_over_loop": 11.2}}
+    assert "| 100 | 2 |  | 11.20 |" in gpu_summary.summary([row], [ours])

@@ -15,7 +15,7 @@ host and the device (`benches/steps.py`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -105,18 +105,11 @@ def stop_ids(config: Config, tokenizer, ends: str) -> list[int]:
     return sorted({*eos, *holding})
 
 
-def measure(sides: dict[str, OurEngine | Plain], args, tokenizer) -> list[Result]:
-    out = []
-    for batch in args.batches:
-        out += _measure(sides, batch, args, tokenizer)
-    return out
-
-
-def _measure(sides: dict[str, OurEngine | Plain], batch: int, args, tokenizer) -> list[Result]:
+def measure(sides: dict[str, OurEngine | Plain], batch: int, args, tokenizer) -> Iterator[list[Result]]:
+    """The lines of one case after the other."""
     config = setting.config("discrete", args.model)
     prompts = setting.prompts(config, tokenizer, batch)
     fixed = setting.facts(config) | {"max_new_tokens": config.sampling.max_new_tokens}
-    out = []
     for group_size in sorted({GROUP_SIZE, 1} if batch % GROUP_SIZE == 0 else {1}, reverse=True):
         requests = [Request(p, 0, sample) for p in prompts[: batch // group_size] for sample in range(group_size)]
         few = requests[:GROUP_SIZE]  # a step's operators do not depend on its rows
@@ -125,9 +118,9 @@ def _measure(sides: dict[str, OurEngine | Plain], batch: int, args, tokenizer) -
             case = f"{len(requests) // group_size}x{group_size} {ends}"
             laps = interleave({name: side.drawing(requests, ends) for name, side in sides.items()}, args.rounds)
             facts = fixed | {"batch": len(requests), "group_size": group_size, "ends": ENDS[ends]}
-            out += [_result(case, name, laps, facts | steps[name].facts(), config) for name in sides]
-            print("\n".join(f"{_line(result)}  {steps[result.variant].line()}" for result in out[-len(sides):]), flush=True)
-    return out
+            found = [_result(case, name, laps, facts | steps[name].facts(), config) for name in sides]
+            print("\n".join(f"{_line(result)}  {steps[result.variant].line()}" for result in found), flush=True)
+            yield found
 
 
 def bound(config: Config, mode: str) -> float:
@@ -196,8 +189,10 @@ def main(argv: list[str]) -> None:
         sides |= {f"loop-{mode}": Plain(LatentLoop, mode, args, tokenizer) for mode in modes if mode != "discrete"}
     if "generate" in engines:
         sides["generate"] = Plain(Generate, "discrete", args, tokenizer)
-    found = measure(sides, args, tokenizer)
-    print(f"{len(found)} lines in {results.append(found, machine, args.out)}", file=sys.stderr)
+    for batch in args.batches:
+        for found in measure(sides, batch, args, tokenizer):
+            # case by case: a run that is stopped keeps what it has measured
+            print(f"{len(found)} lines in {results.append(found, machine, args.out)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

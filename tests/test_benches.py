@@ -41,6 +41,22 @@ def test_rollout_measures_every_case_of_both_sides(model, tmp_path):
             assert metrics["speed_over_generate"] == pytest.approx(metrics["rate_tok_s"] / theirs, rel=1e-3)
 
 
+def test_a_rollout_that_is_stopped_keeps_what_it_measured(model, tmp_path, monkeypatch):
+    out, interleaved = tmp_path / "lines.jsonl", rollout.interleave
+
+    def once(*args):
+        monkeypatch.setattr(rollout, "interleave", stop)
+        return interleaved(*args)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rollout, "interleave", once)
+    with pytest.raises(KeyboardInterrupt):
+        rollout.main(["--model", model, "--engine", "hf", "--mode", "discrete", "--batch", "4", "--rounds", "1", "--out", str(out)])
+    assert [row["case"] for row in results.read(out)] == ["4x1 stops"]
+
+
 def test_both_sides_of_the_rollout_stop_at_the_same_ids(model):
     tokenizer, config = tiny.tokenizer(), setting.config("discrete", model)
     ids = rollout.stop_ids(config, tokenizer, "stops")

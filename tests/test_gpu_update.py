@@ -195,7 +195,8 @@ def test_operations_are_those_that_torch_counts(lora):
     norms = sum(p.numel() * (6 if p.requires_grad else 4) for name, p in policy.base.named_parameters() if "norm" in name)
     gates = (6 if lora is None else 4) * 2 * 64 * 64 * batch.num_tokens  # the method's own, which do not count
     found = sum(n for name, n in counts.items() if "attention" not in name) - gates
-    assert found == (cost.token - norms) * batch.num_tokens
+    rotations = (0, 2 * 8 * batch.num_tokens)  # transformers 5.17 makes their angles with a matrix product
+    assert found - (cost.token - norms) * batch.num_tokens in rotations
     assert cost.scored == (6 if lora is None else 4) * len(tiny.tokenizer()) * 64
     head_dim, heads, layers = 16, 4, 2
     assert cost.pair == 3 * layers * (2 * 2 * heads * head_dim)

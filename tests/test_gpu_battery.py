@@ -136,6 +136,21 @@ def test_the_commands_for_a_gpu_exist(part, tmp_path, monkeypatch):
                 assert (ROOT / word).exists(), word
 
 
+def test_without_the_cuda_extension_the_other_kernels_are_tested(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_parts, "link_packages", lambda venv: None)
+    at = Place("cuda", tmp_path, tmp_path)
+    (extension,) = (step for step in gpu_parts.install(at) if step.name == "extension")
+    assert any("FASTLATENT_CUDA=ON" in str(word) for word in extension.command)
+    assert any("FASTLATENT_CUDA=OFF" in str(word) for word in extension.retry.command)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_cuda.py").write_text("import no_such_extension")
+    (tmp_path / "tests" / "test_triton.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_it(): pass")
+    kernels = next(gpu_parts.tests(at))
+    command = [tmp_path / "tests" if word == "tests/kernels" else word for word in kernels.command]
+    outcome = gpu_steps.run(Step("kernels", [*command, f"--rootdir={tmp_path}"], 60), tmp_path, 60)
+    assert outcome.status == FAILED and gpu_battery.details(outcome.lines)["tests"]["other passed"] == 1
+
+
 # ---- one step -------------------------------------------------------------------------------------------------------
 
 

@@ -153,6 +153,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
+def allows(name: str) -> bool:
+    """Whether the caller of no op in particular may use this backend: none was forced, or this one."""
+    return _forced in (None, name)
+
+
 _loaded: dict[str, str | None] = {}
 
 

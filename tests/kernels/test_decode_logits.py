@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fastlatent_kernels.decode_logits import decode_logits
+from fastlatent_kernels.dispatch import use_backend
 from fastlatent_kernels.token_logprob import head_logits
 from fastlatent_kernels.vocab_head.native_bf16 import HAS_KERNEL
 
@@ -43,3 +44,13 @@ def test_what_the_kernel_does_not_take_is_multiplied_by_torch():
 def test_it_is_one_node_of_a_compiled_graph():
     compiled = torch.compile(decode_logits, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*inputs_of(5, 16, 300)), decode_logits(*inputs_of(5, 16, 300)))
+
+
+def test_a_forced_backend_is_not_passed_by():
+    inputs = inputs_of(5, 64, 300)
+    with use_backend("reference"):
+        assert torch.equal(decode_logits(*inputs), head_logits(*inputs))
+    with use_backend("native"):
+        got = decode_logits(*inputs)
+    assert torch.equal(got, decode_logits(*inputs))
+    assert torch.equal(got, head_logits(*inputs)) is not HAS_KERNEL

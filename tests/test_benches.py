@@ -63,7 +63,7 @@ def test_both_sides_of_the_rollout_stop_at_the_same_ids(model):
     texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     assert ids == [i for i, text in texts.items() if "\n" in text or i == tokenizer.eos_token_id]
     assert len(ids) > 1
-    ours, seen = rollout.OurEngine("hf", "discrete", Namespace(model=model, batches=[32]), tokenizer), []
+    ours, seen = rollout.OurEngine("hf", "discrete", Namespace(model=model, batches=[32], mode="discrete"), tokenizer), []
     generate = ours.engine.generate
     ours.engine.generate = lambda *args: seen.extend(generate(*args)) or seen
     requests = tiny.requests(setting.prompts(config, tokenizer, 4), 8)

@@ -76,12 +76,14 @@ class _PolicyGradientHead(torch.autograd.Function):
         grad_dtype = hidden_AD.dtype if needs_hidden or needs_weight else None
 
         def each_chunk(rows, logits_RV):
+            nonlocal loss, stats
             columns_R = [None if column_A is None else column_A[rows]
                          for column_A in (target_A, old_logprob_A, ref_logprob_A, advantage_A, weight_A)]
             more_loss, more_stats, logprob_A[rows], entropy_A[rows], grad_RV = rows_loss(
                 logits_RV, *columns_R, temperature, options, grad_dtype)
-            loss.add_(more_loss)
-            stats.add_(more_stats)
+            # out of place: compiled by torch 2.11, a Function whose output was changed in place has gradients of 0
+            # (https://github.com/pytorch/pytorch/issues/180642)
+            loss, stats = loss + more_loss, stats + more_stats
             return grad_RV
 
         gradients = through_chunks(hidden_AD, weight_VD, each_chunk, needs_hidden=needs_hidden,

@@ -12,8 +12,8 @@ import test_replay
 import tiny
 import torch
 from test_replay import BF16_CONTROL_FACTOR, BF16_MEAN_TOLERANCE, FORCED, FP32_TOLERANCE, SAMPLED, TEMPERATURE, batches, gaps
+from waits import watched
 
-from benches.steps import Operators
 from fastlatent.config import load_config
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
@@ -309,22 +309,26 @@ def test_reading_decoding_and_sampling_are_timed():
     assert seconds.keys() == set(phases) and seconds[sample] < seconds[prefill] + seconds[decode]
 
 
-def test_no_hook_of_ours_waits_for_the_device():
-    """In no step, whether it reads chunks of prompts, decodes or does both; vLLM's own code on a CPU does wait."""
+def test_nothing_of_ours_waits_for_the_device():
+    """In no step, whether it reads chunks of prompts, decodes or does both, nor when a completion ends; vLLM's own code on a CPU
+    does wait."""
     engine = start(policy())
-    stock, steps = engine.engine.step, []
+    for sampling in (SAMPLING, TRUNCATED):
+        with watched(engine) as seen:
+            engine.generate(requests(), sampling)
+        counted = seen.operators.counted
+        assert seen.num_steps > 20 and seen.num_ended > 3 and counted.operators > counted.own_operators > 20 * seen.num_steps
+        assert seen.waits == []
 
-    def counted():
-        with Operators() as operators:
-            out = stock()
-        steps.append(operators)
-        return out
 
-    engine.engine.step = counted
-    engine.generate(requests(), SAMPLING)
-    engine.generate(requests(), TRUNCATED)
-    assert len(steps) > 40 and all(s.counted.operators > s.counted.own_operators > 0 for s in steps)
-    assert {name for s in steps for name in s.own_syncs_seen} == set()
+def test_a_completion_of_another_length_than_the_scheduler_s_is_refused(monkeypatch):
+    engine, take = plain_engine(), plain_engine().slots.take
+    monkeypatch.setattr(engine.slots, "take", lambda key, num_tokens: take(key, num_tokens - 1))
+    with pytest.raises(RuntimeError, match="not drawn one after the other"):
+        engine.generate(requests([3], 2), SAMPLING)
+    monkeypatch.undo()
+    engine.slots.is_in_order.fill_(True)  # other tests share this engine
+    assert len(engine.slots.free) == 16 and engine.generate([], SAMPLING) == []
 
 
 # ---- vLLM's norm on a CPU ------------------------------------------------------------------------------------------------

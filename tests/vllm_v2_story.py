@@ -5,34 +5,18 @@ from __future__ import annotations
 import triton_interpreted  # noqa: F401  (first: it makes vllm take its second model runner on a CPU)
 
 import json  # isort: skip
-import sys
 
 import tiny
 import torch
 from test_replay import FORCED, SAMPLED, TEMPERATURE, batches, gaps, without_latents
-from torch.overrides import TorchFunctionMode
 from vllm.platforms.cpu import CpuPlatform
+from waits import watched
 
-from benches.steps import Operators
 from fastlatent.rollout.vllm_engine import VLLMEngine
 from fastlatent.types import Sampling
 
 SAMPLING = Sampling(temperature=TEMPERATURE, max_new_tokens=28)
 LENGTHS = [20, 45, 28]
-
-
-class FromHost(TorchFunctionMode):
-    """Where our code makes tensors of the host's numbers: before it may go on, a GPU has to have read them."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        module = sys._getframe(1).f_globals["__name__"]
-        if function in (torch.tensor, torch.as_tensor, torch.from_numpy) and module.startswith("fastlatent"):
-            self.seen.append(module)
-        return function(*args, **(kwargs or {}))
 
 
 def schedule_asynchronously() -> None:
@@ -64,15 +48,8 @@ def seen(engine: VLLMEngine, policy, ends) -> dict:
 
     scheduler._preempt_request = count
     requests = tiny.requests(tiny.prompts(LENGTHS), 1)
-    operators, from_host, step = Operators(), FromHost(), engine.engine.step
-
-    def counted():
-        with operators, from_host:
-            return step()
-
-    engine.engine.step = counted
-    ours = engine.generate(requests, SAMPLING)
-    engine.engine.step = step
+    with watched(engine) as draw:
+        ours = engine.generate(requests, SAMPLING)
     theirs = tiny.engine(policy, *ends).generate(requests, SAMPLING)
     return {
         "same_tokens": [r.token_ids for r in ours] == [r.token_ids for r in theirs],
@@ -80,7 +57,8 @@ def seen(engine: VLLMEngine, policy, ends) -> dict:
         "gap": gaps(policy, batches(ours, "packed")).max().item(),
         "gap_without_latents": gaps(policy, batches(ours, "packed"), without_latents).max().item(),
         "preempted": preempted, "num_tokens": [len(r.token_ids) for r in ours],
-        "own_operators": operators.counted.own_operators, "own_syncs": operators.own_syncs_seen + from_host.seen,
+        "own_operators": draw.operators.counted.own_operators, "num_ended": draw.num_ended,
+        "waits": draw.waits + draw.crossings.from_host,
         "free_slots": len(engine.slots.free), "version": ours[0].version,
     }
 

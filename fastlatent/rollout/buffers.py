@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,24 @@ from torch import Tensor
 from fastlatent.methods.base import Decision, RecordSpec, StepView
 from fastlatent.rollout.thinking import Advance
 from fastlatent.types import LatentTrace, Request, Rollout
+
+
+READ = ("read", "target", "acted", "latent", "thinking", "logprob", "log_kept", "entropy", "latent_acted")
+"""The columns that the host reads; the record and the latents' densities stay on the device."""
+
+
+@dataclass(slots=True)
+class Row:
+    """What was written of one completion of n tokens."""
+
+    columns: dict[str, Tensor]  # those of READ, each [n]
+    latent_logprob_n: Tensor
+    record: dict[str, Tensor]  # [n, ...]
+    final: dict[str, Tensor]  # scalars: how it ended
+
+    def copy(self) -> Row:
+        columns, record, final = ({k: v.clone() for k, v in d.items()} for d in (self.columns, self.record, self.final))
+        return Row(columns, self.latent_logprob_n.clone(), record, final)
 
 
 class Buffers:
@@ -48,7 +67,7 @@ class Buffers:
             column[slot_B, time_B] = decision.record[name].to(column.dtype)
         self.length[slot_B] += live_B
 
-    def park(self, slot_B: Tensor, span: dict[str, Tensor]) -> None:
+    def park(self, slot_B: Tensor | int, span: dict[str, Tensor]) -> None:
         """Keep how each row ended before the row is dropped."""
         for name, column in self.final.items():
             column[slot_B] = span[name]
@@ -58,30 +77,43 @@ class Buffers:
         columns = [value for value in vars(self).values() if isinstance(value, Tensor)]
         return sum(c.nbytes for c in (*columns, *self.record.values(), *self.final.values()))
 
-    def rollouts(self, requests: Sequence[Request], version: int, slot_B: Tensor | None = None) -> list[Rollout]:
-        """The completions of these requests; theirs are the slots `slot_B`, or the first ones in order."""
-        slot_B = torch.arange(len(requests), device=self.length.device) if slot_B is None else slot_B
-        length = self.length[slot_B].tolist()
-        longest = max(length)
-        host = {name: getattr(self, name)[slot_B, :longest].tolist()
-                for name in ("read", "target", "acted", "latent", "thinking", "logprob", "log_kept", "entropy", "latent_acted")}
-        final = {name: column[slot_B].tolist() for name, column in self.final.items()}
-        out = []
-        for row, (request, slot, n) in enumerate(zip(requests, slot_B.tolist(), length, strict=True)):
-            rows = {name: column[row][:n] for name, column in host.items()}
-            out.append(Rollout(
-                request=request, token_ids=rows["read"], target_ids=rows["target"], acted=rows["acted"],
-                latent=rows["latent"], thinking=rows["thinking"], logprobs=rows["logprob"], log_kept=rows["log_kept"],
-                entropy=rows["entropy"], trace=self._trace(slot, rows["latent"]),
-                finish="stop" if final["stopped"][row] else "length", forced_end=final["forced_end"][row],
-                version=version, latent_acted=rows["latent_acted"]))
-        return out
+    def row(self, slot: int, length: int) -> Row:
+        """Views of one completion's tokens, and of how it ended."""
+        return Row(
+            {name: getattr(self, name)[slot, :length] for name in READ}, self.latent_logprob[slot, :length],
+            {name: column[slot, :length] for name, column in self.record.items()},
+            {name: column[slot] for name, column in self.final.items()})
 
-    def _trace(self, slot: int, latent: list[bool]) -> LatentTrace | None:
-        places = [k for k, is_latent in enumerate(latent) if is_latent]
-        if not places:
-            return None
-        place_N = torch.tensor(places, device=self.length.device)
-        return LatentTrace(
-            place_N.int(), self.latent_logprob[slot, place_N],
-            {name: column[slot, place_N] for name, column in self.record.items()})
+    def rollouts(self, requests: Sequence[Request], version: int) -> list[Rollout]:
+        """The completions of these requests, whose rows are the first ones in order."""
+        length = self.length[: len(requests)].tolist()
+        return rollouts(requests, [self.row(slot, n) for slot, n in enumerate(length)], version)
+
+
+def rollouts(requests: Sequence[Request], rows: list[Row], version: int) -> list[Rollout]:
+    """The completions of these requests, whose rows are read together; `rows` is emptied, so that a record is held twice only
+    while its trace is made."""
+    if not rows:
+        return []
+    lengths = [len(row.latent_logprob_n) for row in rows]
+    host = {name: torch.cat([row.columns[name] for row in rows]).tolist() for name in READ}
+    final = {name: torch.stack([row.final[name] for row in rows]).tolist() for name in rows[0].final}
+    out, start = [], 0
+    for index, (request, n) in enumerate(zip(requests, lengths, strict=True)):
+        own = {name: column[start : start + n] for name, column in host.items()}
+        out.append(Rollout(
+            request=request, token_ids=own["read"], target_ids=own["target"], acted=own["acted"], latent=own["latent"],
+            thinking=own["thinking"], logprobs=own["logprob"], log_kept=own["log_kept"], entropy=own["entropy"],
+            trace=_trace(rows.pop(0), own["latent"]), finish="stop" if final["stopped"][index] else "length",
+            forced_end=final["forced_end"][index], version=version, latent_acted=own["latent_acted"]))
+        start += n
+    return out
+
+
+def _trace(row: Row, latent: list[bool]) -> LatentTrace | None:
+    places = [k for k, is_latent in enumerate(latent) if is_latent]
+    if not places:
+        return None
+    place_N = torch.tensor(places, device=row.latent_logprob_n.device)
+    return LatentTrace(
+        place_N.int(), row.latent_logprob_n[place_N], {name: column[place_N] for name, column in row.record.items()})

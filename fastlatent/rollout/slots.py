@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlatent.methods.base import Method
-from fastlatent.rollout.buffers import Buffers
+from fastlatent.rollout.buffers import Buffers, Row, rollouts
 from fastlatent.rollout.draw import look, settle
 from fastlatent.rollout.thinking import ThinkingSpan
 from fastlatent.types import Request, Rollout, Sampling
@@ -27,7 +27,7 @@ STRIDE = 0x9E3779B1
 
 
 class Slots:
-    """`num_slots` requests at once of one call of `generate`; every tensor is on the device, nothing here waits for it."""
+    """`num_slots` requests at once of one call of `generate`; every tensor is on the device, nothing but `rollouts` waits for it."""
 
     def __init__(self, num_slots: int, method: Method, seed: Tensor, vocab_size: int):
         self.method, self.seed = method, seed
@@ -89,16 +89,21 @@ class Slots:
             if slot is not None:
                 self.free.append(slot)
 
-    def take(self, keys: Sequence[int], version: int) -> list[Rollout]:
-        """The finished requests' rollouts; their slots are free afterwards."""
-        if not self.is_in_order:  # read here, where the host looks at the device anyway
-            raise RuntimeError("a completion's tokens were not drawn one after the other: the scheduler went back over one")
-        slots = [self.slot_of[key] for key in keys]
-        slot_B = torch.tensor(slots, device=self.device)
-        self.buffers.park(slot_B, {name: column[slot_B] for name, column in self.span_state.items()})
-        out = self.buffers.rollouts([self.requests[key] for key in keys], version, slot_B)
-        self.leave(keys)
-        return out
+    def take(self, key: int, num_tokens: int) -> Row:
+        """A copy of what was written of request `key`, which has ended with so many tokens; its slot is free afterwards."""
+        slot = self.slot_of[key]
+        self.is_in_order &= self.buffers.length[slot] == num_tokens
+        self.buffers.park(slot, {name: column[slot] for name, column in self.span_state.items()})
+        row = self.buffers.row(slot, num_tokens).copy()
+        self.leave([key])
+        return row
+
+    def rollouts(self, keys: Sequence[int], rows: list[Row], version: int) -> list[Rollout]:
+        """Of these requests and what was taken of them; `rows` is emptied. The only place that waits for the device."""
+        if not self.is_in_order:
+            raise RuntimeError("a completion's tokens were not drawn one after the other: the scheduler went back over one, or "
+                               "counts others than were drawn")
+        return rollouts([self.requests[key] for key in keys], rows, version)
 
     # ---- a step --------------------------------------------------------------------------------------------------------
 

@@ -197,8 +197,7 @@ class VLLMEngine:
         if self.slots.next_key - self.first_key > self.slots.num_names:
             self.engine.reset_prefix_cache()
             self.first_key = self.slots.next_key - len(keys)
-        done: dict[int, Rollout] = {}
-        names = {f"{key}": key for key in keys}
+        waiting, rows = {f"{key}": key for key in keys}, {}
         try:
             for key, request in zip(keys, requests, strict=True):
                 params = SamplingParams(
@@ -208,11 +207,12 @@ class VLLMEngine:
             started: set[str] = set()
 
             def step() -> None:
-                outputs = self.engine.step()
-                started.update(out.request_id for out in outputs)
-                finished = [names[out.request_id] for out in outputs if out.finished]
-                if finished:
-                    done.update(zip(finished, self.slots.take(finished, self.version), strict=True))
+                for out in self.engine.step():
+                    started.add(out.request_id)
+                    if out.finished:  # the next step is on its way: what was drawn is put aside, not looked at
+                        key = waiting[out.request_id]
+                        rows[key] = self.slots.take(key, len(out.outputs[0].token_ids))
+                        del waiting[out.request_id]
 
             # the prompts of as many as fit; those of others are read in the steps that decode
             first = requests[: self.config.max_batch]
@@ -222,12 +222,13 @@ class VLLMEngine:
             with span("rollout/decode") as drawing:
                 while self.engine.has_unfinished_requests():
                     step()
-                drawing.tokens = sum(len(rollout.token_ids) for rollout in done.values())
+                out = self.slots.rollouts(keys, [rows.pop(key) for key in keys], self.version)
+                drawing.tokens = sum(len(rollout.token_ids) for rollout in out)
         finally:
-            if left := [name for name, key in names.items() if key not in done]:
-                self.engine.abort_request(left)
-                self.slots.leave(names[name] for name in left)
-        return [done[key] for key in keys]
+            if waiting:
+                self.engine.abort_request(list(waiting))
+                self.slots.leave(waiting.values())
+        return out
 
 
 class _Table:

@@ -5,7 +5,6 @@ draws are ours (`fastlatent.vllm_plugin`). vLLM schedules names of tokens; the t
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from fastlatent.rollout.prepack import is_supported
 from fastlatent.rollout.slots import LAST, Slots
 from fastlatent.types import Capability, Request, Rollout, Sampling
 from fastlatent.vllm_plugin import surface
+from fastlatent.vllm_plugin.config_folder import config_folder
 from fastlatent.vllm_plugin.models import FAMILIES, PREFIX
 from fastlatent.vllm_plugin.seats import KEY, Seats
 
@@ -275,16 +275,15 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
         options |= {"enable_prompt_embeds": True, "worker_cls": "fastlatent.vllm_plugin.runner_v1.LatentWorker"}
     if config.num_kv_blocks:
         options["num_gpu_blocks_override"] = config.num_kv_blocks
+    folder = config_folder(parts.model)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            parts.model.save_pretrained(folder)
-            llm = LLM(
-                model=folder, skip_tokenizer_init=True, load_format="dummy", dtype=str(parts.dtype).removeprefix("torch."),
-                hf_overrides={"architectures": [PREFIX + FAMILIES[parts.model.model_type]]}, seed=0,
-                max_model_len=parts.max_prompt_tokens + parts.span.longest(parts.max_new_tokens), max_num_seqs=config.max_batch,
-                max_num_batched_tokens=config.max_batch_tokens or max(1024 if is_cpu else 4096, config.max_batch),
-                block_size=config.block_size or block_size,
-                enforce_eager=is_cpu or config.eager, enable_prefix_caching=config.prefix_caching, **options)
+        llm = LLM(
+            model=str(folder), skip_tokenizer_init=True, load_format="dummy", dtype=str(parts.dtype).removeprefix("torch."),
+            hf_overrides={"architectures": [PREFIX + FAMILIES[parts.model.model_type]]}, seed=0,
+            max_model_len=parts.max_prompt_tokens + parts.span.longest(parts.max_new_tokens), max_num_seqs=config.max_batch,
+            max_num_batched_tokens=config.max_batch_tokens or max(1024 if is_cpu else 4096, config.max_batch),
+            block_size=config.block_size or block_size,
+            enforce_eager=is_cpu or config.eager, enable_prefix_caching=config.prefix_caching, **options)
     except (ValueError, RuntimeError) as error:  # what vLLM raises for a wrong option and for too little memory
         raise UserError(f"engine: vllm did not start: {_cause(error)} (memory: engine.kv_cache_gib, engine.gpu_memory_share; batch: "
                         "engine.max_batch, engine.max_batch_tokens), or use engine.name=hf") from error

@@ -76,3 +76,31 @@ def test_what_vllm_compiles_is_kept_under_the_same_hash_by_every_start():
     first, second, other = (start(policy(), max_batch_tokens=n).engine.vllm_config for n in (32, 32, 64))
     assert first.model_config.model == second.model_config.model
     assert first.compute_hash() == second.compute_hash() != other.compute_hash()
+
+
+def claimed():
+    """In the words of vLLM's GPU worker."""
+    free = 1
+    assert free >= 2, "Error in memory profiling. Initial free memory 1.0 GiB, current free memory 2.0 GiB.\nThis happens when"
+
+
+def silent():
+    raise AssertionError
+
+
+def typed():
+    raise OSError("no such device")
+
+
+@needs_vllm
+@pytest.mark.parametrize("trip, said", [
+    (claimed, r"AssertionError: Error in memory profiling. Initial free memory 1.0 GiB, current free memory 2.0 GiB."),
+    (silent, rf"AssertionError in {__file__}:\d+, raise AssertionError"),
+    (typed, "OSError: no such device")])
+def test_whatever_stops_it_is_one_sentence_with_its_cause(trip, said, monkeypatch):
+    import vllm.v1.worker.cpu_worker as cpu_worker
+
+    monkeypatch.setattr(cpu_worker.CPUWorker, "determine_available_memory", lambda worker: trip())
+    with pytest.raises(UserError, match=rf"^engine: vllm did not start: {said} \(memory: engine.kv_.* or use engine.name=hf$") as raised:
+        start(policy())
+    assert isinstance(raised.value.__cause__, AssertionError | OSError) and raised.value.__cause__.__traceback__

@@ -5,6 +5,7 @@ draws are ours (`fastlatent.vllm_plugin`). vLLM schedules names of tokens; the t
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -284,7 +285,7 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
             max_num_batched_tokens=config.max_batch_tokens or max(1024 if is_cpu else 4096, config.max_batch),
             block_size=config.block_size or block_size,
             enforce_eager=is_cpu or config.eager, enable_prefix_caching=config.prefix_caching, **options)
-    except (ValueError, RuntimeError) as error:  # what vLLM raises for a wrong option and for too little memory
+    except Exception as error:  # a wrong option, too little memory, and whatever else vLLM and all it stands on may trip over
         raise UserError(f"engine: vllm did not start: {_cause(error)} (memory: engine.kv_cache_gib, engine.gpu_memory_share; batch: "
                         "engine.max_batch, engine.max_batch_tokens), or use engine.name=hf") from error
     finally:
@@ -292,10 +293,14 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
     return llm.llm_engine
 
 
-def _cause(error: ValueError | RuntimeError) -> str:
+def _cause(error: Exception) -> str:
     """What is wrong, in one line."""
     from pydantic import ValidationError  # vLLM's, as this error then is
 
-    if isinstance(error, ValidationError):  # whose own first line is how many there are
-        error = error.errors()[0]["msg"].removeprefix("Value error, ")
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    is_of_an_option = isinstance(error, ValidationError)  # whose own first line is how many there are
+    said = error.errors()[0]["msg"].removeprefix("Value error, ") if is_of_an_option else str(error)
+    said = said.strip().partition("\n")[0]
+    if said and isinstance(error, (ValueError, RuntimeError)):  # what vLLM raises on purpose
+        return said
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {said}" if said else f"{type(error).__name__} in {last.filename}:{last.lineno}, {last.line}"

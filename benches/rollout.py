@@ -29,8 +29,8 @@ from benches.timing import Lap, interleave, seconds
 from fastlatent import build, models
 from fastlatent.cli import run_command
 from fastlatent.errors import UserError
-from fastlatent.rollout.thinking import ThinkingSpan, eos_ids, token_bytes
-from fastlatent.schema import AnswerConfig, Config, ThinkingConfig
+from fastlatent.rollout.thinking import eos_ids, token_bytes
+from fastlatent.schema import Config
 from fastlatent.types import Request
 
 ENDS = {
@@ -60,12 +60,9 @@ class OurEngine:
         self.config = setting.config(recipe, args.model, *overrides)
         self.engine = setting.engine(self.config, tokenizer)
         self.spans = {"recipe": self.engine.span}
-        # the delimiter still ends the latents, but nothing is forced
-        thinking = ThinkingConfig(end=self.config.thinking.end)
-        vocab_size, device = self.engine.method.model.vocab_size, build.device_of(self.config)
         for ends in ("stops", "equal"):
             stops = stop_ids(self.config, tokenizer, ends)
-            self.spans[ends] = ThinkingSpan(tokenizer, vocab_size, stops, thinking, AnswerConfig(), device)
+            self.spans[ends] = setting.unforced_span(self.config, tokenizer, self.engine.method.model.vocab_size, stops)
 
     def drawing(self, requests: Sequence[Request], ends: str, max_new: int | None = None) -> Draw:
         sampling = build.sampling_of(self.config)

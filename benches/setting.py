@@ -18,7 +18,8 @@ from fastlatent.data.order import prompt_indices
 from fastlatent.errors import UserError
 from fastlatent.policy import compute_dtype
 from fastlatent.rollout.base import RolloutEngine
-from fastlatent.schema import Config
+from fastlatent.rollout.thinking import ThinkingSpan
+from fastlatent.schema import AnswerConfig, Config, ThinkingConfig
 from fastlatent.types import Prompt
 
 RECIPES = {"discrete": "grpo_quickstart", "latent": "hrpo_quickstart"}
@@ -77,3 +78,9 @@ def engine(config: Config, tokenizer) -> RolloutEngine:
     out = build.engine(config, policy, tokenizer)
     out.load_weights(policy.published(), 0)
     return out
+
+
+def unforced_span(config: Config, tokenizer, vocab_size: int, stop_ids: list[int]) -> ThinkingSpan:
+    """Rows end at `stop_ids` alone: the delimiter still ends the latents, but nothing is forced."""
+    thinking = ThinkingConfig(end=config.thinking.end)
+    return ThinkingSpan(tokenizer, vocab_size, stop_ids, thinking, AnswerConfig(), build.device_of(config))

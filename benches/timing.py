@@ -54,13 +54,14 @@ def seconds(laps: Sequence[Lap]) -> dict[str, list[float]]:
 
 def _lap(variant: Callable[[int], float], number: int) -> Lap:
     gc.collect()
-    _wait_for_device()
+    wait_for_device()
     wall, cpu = perf_counter(), process_time()
     work = variant(number)
-    _wait_for_device()
+    wait_for_device()
     return Lap(perf_counter() - wall, process_time() - cpu, work)
 
 
-def _wait_for_device() -> None:
+def wait_for_device() -> None:
+    """Until what was asked of a GPU is done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

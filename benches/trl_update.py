@@ -9,12 +9,12 @@ sends every position through the vocabulary head, prompts and pads too; that is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 
 from benches import setting
@@ -24,24 +24,29 @@ from fastlatent.types import Group, Rollout
 
 
 class TrlUpdate:
-    """Call it to make one update; it returns the norm of the gradient before clipping, as a tensor."""
+    """Call it to make one update from what it has read; it returns the norm of the gradient before clipping, as a tensor."""
 
-    def __init__(self, config: Config, tokenizer, groups: Sequence[Group], folder: Path):
-        rollouts = [r for group in groups for r in group.rollouts]
+    def __init__(self, config: Config, tokenizer, num_rows: int, folder: Path, change: Callable[[nn.Module], None] = lambda model: None):
+        """`change` is given the model before anything else sees it."""
         device = build.device_of(config)
         model = models.load_causal_lm(models.resolve_model(config.model.path), torch.float32)
+        change(model)
         logging.getLogger("accelerate").setLevel(logging.ERROR)  # it explains at length which device it found
-        dataset = Dataset.from_list([{"prompt": "none"}] * len(rollouts))  # never read: train() is not called
+        dataset = Dataset.from_list([{"prompt": "none"}] * num_rows)  # never read: train() is not called
         self.trainer = trainer = GRPOTrainer(
-            model, reward_funcs=_no_reward, args=_arguments(config, len(rollouts), device, folder),
+            model, reward_funcs=_no_reward, args=_arguments(config, num_rows, device, folder),
             train_dataset=dataset, processing_class=tokenizer)
         trainer.current_gradient_accumulation_steps = 1  # what train() would set; the whole batch is one pass
         trainer.create_optimizer()
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         self.model.train()
+        self.device, self.pad_id = device, tokenizer.pad_token_id
+
+    def read(self, groups: Sequence[Group]) -> None:
+        """Take as many completions as there are rows for the updates to come."""
         advantage_B = torch.cat([group.advantage_G for group in groups])
-        tensors = padded(rollouts, advantage_B, tokenizer.pad_token_id)
-        self.inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
+        tensors = padded([r for group in groups for r in group.rollouts], advantage_B, self.pad_id)
+        self.inputs = {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def __call__(self) -> Tensor:
         trainer = self.trainer

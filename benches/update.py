@@ -37,8 +37,7 @@ from fastlatent.errors import UserError
 from fastlatent.optim import Optimizer
 from fastlatent.packing import Item, microbatches, pack
 from fastlatent.policy import Policy
-from fastlatent.rollout.thinking import ThinkingSpan
-from fastlatent.schema import AnswerConfig, Config, ThinkingConfig
+from fastlatent.schema import Config
 from fastlatent.types import Group, Request, Rollout
 from fastlatent.update import Updater
 
@@ -53,21 +52,23 @@ def draw(config: Config, tokenizer, batch: int, is_endless: bool = False) -> lis
     prompts = setting.prompts(config, tokenizer, batch // config.group_size)
     engine = setting.engine(config, tokenizer)
     if is_endless:
-        # the delimiter still ends the latents, but nothing is forced
-        engine.span = ThinkingSpan(tokenizer, engine.model.config.vocab_size, [], ThinkingConfig(end=config.thinking.end),
-                                   AnswerConfig(), engine.device)
+        engine.span = setting.unforced_span(config, tokenizer, engine.model.config.vocab_size, [])
     requests = [Request(p, 0, sample) for p in prompts for sample in range(config.group_size)]
     rollouts = engine.generate(requests, build.sampling_of(config))
     for r in rollouts:
         places = zip(r.acted, r.token_ids, r.target_ids, strict=True)
         r.acted = [acted and read == drawn for acted, read, drawn in places]
-    return [_group(rollouts[i : i + config.group_size], config) for i in range(0, batch, config.group_size)]
+    return half_rewarded(rollouts, config)
 
 
-def _group(rollouts: list[Rollout], config: Config) -> Group:
-    group = Group(rollouts, torch.arange(len(rollouts), dtype=torch.float64) % 2, {})
-    group.advantage_G = advantages.of_group(group, config.objective)
-    return group
+def half_rewarded(rollouts: Sequence[Rollout], config: Config) -> list[Group]:
+    """Groups of them in which every second one is rewarded."""
+    def group(siblings: list[Rollout]) -> Group:
+        out = Group(siblings, torch.arange(len(siblings), dtype=torch.float64) % 2, {})
+        out.advantage_G = advantages.of_group(out, config.objective)
+        return out
+
+    return [group(list(rollouts[i : i + config.group_size])) for i in range(0, len(rollouts), config.group_size)]
 
 
 def without_latents(groups: Sequence[Group]) -> list[Group]:
@@ -142,7 +143,8 @@ def run(args, folder: Path) -> list[Result]:
     if args.against == "trl":
         from benches.trl_update import TrlUpdate  # heavy
 
-        updates["trl"] = TrlUpdate(discrete, tokenizer, plain, folder)
+        updates["trl"] = trl = TrlUpdate(discrete, tokenizer, args.batch, folder)
+        trl.read(plain)
         facts["trl"] = metadata.version("trl")
     norms = {name: update() for name, update in updates.items()}
     if "trl" in norms:

@@ -2,6 +2,7 @@
 
     python -m benches.rollout     tokens per second of our engine and of transformers' generate
     python -m benches.update      seconds and memory of our update and of trl's
+    python -m benches.step        seconds of a whole training step, ours and the released HRPO loop's
     python -m benches.kernels     every op: time, traffic, arithmetic and memory beside its rivals
     python -m benches.learning    what finished runs learnt
     python -m benches.compare     two sets of such lines, changes marked

@@ -192,10 +192,16 @@ def rollout(at: Place) -> Iterator[Step]:
 
 
 def update(at: Place) -> Iterator[Step]:
-    def against(name: str, rival: str, *words: str | Path, limit_s: float, retry: Step | None = None) -> Step:
-        return at.module(name, "benches.update", "--against", rival, *words, "--out", at.results, limit_s=limit_s, retry=retry)
+    def against(name: str, rival: str, *words: str | Path, limit_s: float, retry: Step | None = None,
+                module: str = "update") -> Step:
+        return at.module(name, f"benches.{module}", "--against", rival, *words, "--out", at.results, limit_s=limit_s, retry=retry)
+
+    def step(name: str, *words: str | Path, limit_s: float) -> Step:
+        alone = against(f"whole step, {name}, alone", "none", *words, limit_s=60, module="step")
+        return against(f"whole step, {name}", "released", *words, limit_s=limit_s, retry=alone, module="step")
 
     if not at.is_cuda:
+        yield step("tiny", "--model", at.random_model, "--batch", "8", "--rounds", "1", limit_s=120)
         yield against("tiny", "none", "--model", at.random_model, "--batch", "8", "--length", "40", "--rounds", "1", limit_s=240)
         return
     yield from small_model(at)
@@ -203,10 +209,12 @@ def update(at: Place) -> Iterator[Step]:
     long = ("--model", at.random_model, "--batch", "32", "--length", "480", "--tokens-per-microbatch", "20000", "--rounds", "5")
     yield against(f"{MODEL}, 16k tokens", "none", *long, limit_s=150)
     yield against(f"{MODEL}, 16k tokens, compiled", "none", *long, "--with", "model.compile=true", limit_s=150)
-    for name, words in ((SMALL, ()), (MODEL, ("--model", at.random_model))):
-        if words or at.has_small_model:
-            alone = against(f"{name}, alone", "none", *words, "--rounds", "5", limit_s=60)
-            yield against(f"{name} beside trl", "trl", *words, "--rounds", "5", limit_s=120, retry=alone)
+    models = [(name, words) for name, words in ((MODEL, ("--model", at.random_model)), (SMALL, ())) if words or at.has_small_model]
+    for name, words in models:
+        yield step(name, *words, "--rounds", "3", limit_s=100)
+    for name, words in reversed(models):
+        alone = against(f"{name}, alone", "none", *words, "--rounds", "5", limit_s=60)
+        yield against(f"{name} beside trl", "trl", *words, "--rounds", "5", limit_s=120, retry=alone)
 
 
 def sanitize(at: Place) -> Iterator[Step]:

@@ -26,7 +26,8 @@ from fastlatent.types import Group, Rollout
 class TrlUpdate:
     """Call it to make one update from what it has read; it returns the norm of the gradient before clipping, as a tensor."""
 
-    def __init__(self, config: Config, tokenizer, num_rows: int, folder: Path, change: Callable[[nn.Module], None] = lambda model: None):
+    def __init__(self, config: Config, tokenizer, num_rows: int, folder: Path,
+                 change: Callable[[nn.Module], None] = lambda model: None):
         """`change` is given the model before anything else sees it."""
         device = build.device_of(config)
         model = models.load_causal_lm(models.resolve_model(config.model.path), torch.float32)

@@ -39,7 +39,7 @@ def test_every_part_runs_on_a_cpu_and_leaves_six_files(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "summary.md", "results.jsonl", "parts.jsonl", "log.txt", "sanitize.txt", "train.jsonl"}
     lines = results.read(tmp_path / "out" / "results.jsonl")
-    assert {line["bench"] for line in lines} == {"learning", "kernels", "rollout", "update"}
+    assert {line["bench"] for line in lines} == {"learning", "kernels", "rollout", "update", "step"}
     text = (tmp_path / "out" / "summary.md").read_text()
     assert len(text.splitlines()) < 120 and "abc123" in text and "hf-hrpo_full" in text and "float32 passed" in text
     # the extension of the build is the one that was used
@@ -325,3 +325,5 @@ def test_the_summary_shows_the_newest_of_each_thing():
     assert "| qwen2.5-1.5b | 8 completions | latent | 100 | 2 |  | 41.7% |" in text and text.count("8 completions") == 1
     ours = line | {"bench": "rollout", "metrics": {"rate_tok_s": 100.0, "wall_s": 2.0, "speed_over_loop": 11.2}}
     assert "| 100 | 2 |  | 11.20 |" in gpu_summary.summary([row], [ours])
+    whole = line | {"bench": "step", "metrics": {"rate_tok_s": 100.0, "wall_s": 2.0, "rollout_s": 1.25, "speed_over_released": 5.31}}
+    assert "| 100 | 2 | 1.25 | 5.31 |" in gpu_summary.summary([row], [whole])

@@ -27,11 +27,12 @@ class OutOfMemory(UserError):
 class Microbatch:
     items: Sequence[Item]
     batch: Batch  # of these items
+    share_prompts: bool
     is_half: bool = False
 
     @classmethod
     def of(cls, items: Sequence[Item], device: torch.device, share_prompts: bool) -> Microbatch:
-        return cls(items, pack(items, device, share_prompts))
+        return cls(items, pack(items, device, share_prompts), share_prompts)
 
     def halves(self, config: UpdateConfig) -> tuple[Microbatch, Microbatch]:
         """The same completions in two batches of about as many tokens, their weights and log-probabilities as they are now.
@@ -46,12 +47,11 @@ class Microbatch:
         read = list(accumulate(item.num_inputs for item in self.items))
         cut = min(range(1, len(self.items)), key=lambda cut: abs(2 * read[cut - 1] - read[-1]))
         num_scored = sum(item.num_actions for item in self.items[:cut])
-        return (self._part(self.items[:cut], slice(0, num_scored), config),
-                self._part(self.items[cut:], slice(num_scored, None), config))
+        return self._part(self.items[:cut], slice(0, num_scored)), self._part(self.items[cut:], slice(num_scored, None))
 
-    def _part(self, items: Sequence[Item], rows: slice, config: UpdateConfig) -> Microbatch:
+    def _part(self, items: Sequence[Item], rows: slice) -> Microbatch:
         # completions are laid down in order, so a part's scored tokens are a slice
-        out = Microbatch.of(items, self.batch.score_A.device, config.share_prompts)
+        out = Microbatch.of(items, self.batch.score_A.device, self.share_prompts)
         for name in Batch.__slots__:
             if name.endswith("_A") and name not in LAID_OUT and (column_A := getattr(self.batch, name)) is not None:
                 setattr(out.batch, name, column_A[rows])

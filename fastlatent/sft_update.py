@@ -18,13 +18,14 @@ from fastlatent_kernels import token_logprob
 from torch import Tensor
 
 from fastlatent.demonstration import TARGET_IDS, TARGET_WEIGHTS
+from fastlatent.microbatch import Microbatch
 from fastlatent.optim import Optimizer
-from fastlatent.packing import Item, microbatches, pack
+from fastlatent.packing import Item, microbatches
 from fastlatent.policy import Policy
 from fastlatent.profiling import span
 from fastlatent.schema import Config
 from fastlatent.types import Batch, Rollout
-from fastlatent.update import Attempt, UpdateResult
+from fastlatent.update import UpdateResult, optimizer_step
 
 
 class SftUpdater:
@@ -36,28 +37,22 @@ class SftUpdater:
         update, result = self.config.update, UpdateResult()
         items = [Item(rollout, 0.0, 1.0) for rollout in demonstrations]
         chunks = microbatches(items, update.tokens_per_microbatch, share_prompts=False)
-        batches = [pack(chunk, self.policy.device) for chunk in chunks]
+        parts = [Microbatch.of(chunk, self.policy.device, share_prompts=False) for chunk in chunks]
         num_latents = sum(sum(rollout.latent_acted) for rollout in demonstrations)
         num_tokens = sum(len(rollout.target_ids) for rollout in demonstrations) - num_latents
-        total = torch.zeros((), device=self.policy.device)
-        for batch in batches:
-            with span("update/microbatch", batch.num_tokens):
-                divergence_A = divergence(self.policy, batch)
-                latent_A = is_latent(batch)
-                weight_A = torch.where(latent_A, self.config.sft.latent_weight / max(num_latents, 1), 1 / num_tokens)
-                loss = divergence_A @ weight_A
-                with span("update/backward"):
-                    loss.backward()
-                total += loss.detach()
-                result.num_tokens += batch.num_tokens
-                result.add_statistics(_statistics(divergence_A.detach(), latent_A))
-                result.add_statistics(self.policy.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
-        with span("update/optimizer"):
-            result.loss, result.grad_norm = total, self.optimizer.clip()
-            is_bad = ~(result.grad_norm.isfinite() & total.isfinite())
-            commit()
-            self.optimizer.step(is_bad)
-        result.attempts.append(Attempt(batches, is_bad))
+        weight_of_latent, weight_of_token = self.config.sft.latent_weight / max(num_latents, 1), 1 / num_tokens
+
+        def learn(batch: Batch, found: UpdateResult) -> None:
+            divergence_A, latent_A = divergence(self.policy, batch), is_latent(batch)
+            loss = divergence_A @ torch.where(latent_A, weight_of_latent, weight_of_token)
+            with span("update/backward"):
+                loss.backward()
+            found.loss += loss.detach()
+            found.num_tokens += batch.num_tokens
+            found.add_statistics(_statistics(divergence_A.detach(), latent_A))
+            found.add_statistics(self.policy.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
+
+        optimizer_step(parts, learn, self.optimizer, update, result, commit)
         # the schedule counts the updates that reinforcement learning makes of a step
         self.optimizer.pass_over(self.config.objective.num_epochs * self.config.objective.num_minibatches - 1)
         return result

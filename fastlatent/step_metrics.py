@@ -156,7 +156,7 @@ def of_demonstrations(step: int, demonstrations: Sequence[Rollout], result: Upda
     lengths = [len(r.token_ids) for r in demonstrations]
     out = {"step": step, "learning_rate": lr, "grad_norm": float(result.grad_norm), "sft/loss": float(result.loss),
            "num_tokens": sum(lengths), "completions/mean_length": fmean(lengths),
-           "thinking/mean_length": fmean(r.num_thinking for r in demonstrations)}
+           "thinking/mean_length": fmean(r.num_thinking for r in demonstrations), "perf/oom_splits": float(result.num_splits)}
     seconds = timings()
     return out | of_statistics(result.statistics) | {f"time/{name}": value for name, value in seconds.items()} | {
         "perf/tokens_per_s": out["num_tokens"] / seconds["step"]}

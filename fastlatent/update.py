@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fastlatent.optim import Optimizer
 from fastlatent.packing import Item, microbatches
 from fastlatent.policy import Policy
 from fastlatent.profiling import apart, span
-from fastlatent.schema import Config
+from fastlatent.schema import Config, UpdateConfig
 from fastlatent.types import Batch, Group
 
 
@@ -150,53 +151,68 @@ class Updater:
     def _step(self, parts: list[Microbatch], result: UpdateResult, commit: Callable[[], None], is_first: bool) -> None:
         # no weight has moved yet: what is between these log-probabilities and the rollout's is the mismatch
         is_unmeasured = not (result.gaps or result.attempts) and self.temperature == self.config.sampling.temperature
-        while (failed := self._accumulate(parts, found := UpdateResult(), is_first, is_unmeasured)) is not None:
-            # some parameters have a part of its gradient and some have not: the step starts over, from gradients of zero
-            self.optimizer.zero_grad()
-            if self.policy.device.type == "cuda":
-                torch.cuda.empty_cache()
-            try:
-                parts = [*parts[:failed], *parts[failed].halves(self.config.update), *parts[failed + 1 :]]
-            except OutOfMemory as error:
-                error.is_whole = not result.attempts
-                raise
-            result.num_splits += 1
-        result.merge(found)
-        total = found.loss
-        with span("update/optimizer"):
-            norm = self.optimizer.clip()
-            is_bad = ~(norm.isfinite() & total.isfinite())
-            commit()
-            self.optimizer.step(is_bad)
-        result.loss = total if result.loss is None else result.loss + total
-        result.grad_norm = norm if result.grad_norm is None else torch.maximum(result.grad_norm, norm)
-        result.attempts.append(Attempt([part.batch for part in parts], is_bad))
-
-    def _accumulate(self, parts: list[Microbatch], found: UpdateResult, is_first: bool, is_unmeasured: bool) -> int | None:
-        """Add each microbatch's gradient to the parameters'; the index of the one at which memory ran out, or None."""
-        found.loss = torch.zeros((), device=self.policy.device)
-        for index, part in enumerate(parts):
-            try:
-                self._learn(part.batch, found, is_first, is_unmeasured)
-            except torch.OutOfMemoryError:
-                return index  # with the error go its frames, which hold the activations
-        return None
+        learn = partial(self._learn, is_first=is_first, is_unmeasured=is_unmeasured)
+        optimizer_step(parts, learn, self.optimizer, self.config.update, result, commit)
 
     def _learn(self, batch: Batch, found: UpdateResult, is_first: bool, is_unmeasured: bool) -> None:
-        with span("update/microbatch", batch.num_tokens):
-            loss = self.method.loss(self.policy, batch, self.temperature, self.config.objective)
-            with span("update/backward"):
-                loss.value.backward()
-            found.loss += loss.value.detach()
-            found.num_tokens += batch.num_tokens
-            found.add_sums(loss.sums)
-            found.add_statistics(loss.statistics)
-            if is_unmeasured:
-                found.gaps.append(mismatch.measure(batch, loss.logprob_A, self.config.mismatch))
-            if is_first:
-                found.add_statistics(self.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
-            if self.cost is not None:
-                found.flops = self.cost.flops(batch) + (0 if found.flops is None else found.flops)
+        loss = self.method.loss(self.policy, batch, self.temperature, self.config.objective)
+        with span("update/backward"):
+            loss.value.backward()
+        found.loss += loss.value.detach()
+        found.num_tokens += batch.num_tokens
+        found.add_sums(loss.sums)
+        found.add_statistics(loss.statistics)
+        if is_unmeasured:
+            found.gaps.append(mismatch.measure(batch, loss.logprob_A, self.config.mismatch))
+        if is_first:
+            found.add_statistics(self.method.statistics(batch.token_ids_T, batch.latent_T, batch.record_T))
+        if self.cost is not None:
+            found.flops = self.cost.flops(batch) + (0 if found.flops is None else found.flops)
+
+
+# ---- one optimizer step ---------------------------------------------------------------------------------------------
+
+
+def optimizer_step(parts: Sequence[Microbatch], learn: Callable[[Batch, UpdateResult], None], optimizer: Optimizer,
+                   config: UpdateConfig, result: UpdateResult, commit: Callable[[], None]) -> None:
+    """Learn from `parts` in one step, which becomes part of `result`; `commit` is called before a weight moves.
+
+    `learn` adds the gradient of a microbatch to the parameters', its loss and whatever else it says to the UpdateResult it is
+    given. A microbatch for which memory runs out is split in two; OutOfMemory where it was, or cannot be.
+    """
+    parts = list(parts)
+    while (failed := _accumulate(parts, learn, found := UpdateResult())) is not None:
+        # some parameters have a part of its gradient and some have not: the step starts over, from gradients of zero
+        optimizer.zero_grad()
+        if parts[failed].batch.score_A.is_cuda:
+            torch.cuda.empty_cache()
+        try:
+            parts[failed : failed + 1] = parts[failed].halves(config)
+        except OutOfMemory as error:
+            error.is_whole = not result.attempts
+            raise
+        result.num_splits += 1
+    result.merge(found)
+    with span("update/optimizer"):
+        norm = optimizer.clip()
+        is_bad = ~(norm.isfinite() & found.loss.isfinite())
+        commit()
+        optimizer.step(is_bad)
+    result.loss = found.loss if result.loss is None else result.loss + found.loss
+    result.grad_norm = norm if result.grad_norm is None else torch.maximum(result.grad_norm, norm)
+    result.attempts.append(Attempt([part.batch for part in parts], is_bad))
+
+
+def _accumulate(parts: list[Microbatch], learn: Callable[[Batch, UpdateResult], None], found: UpdateResult) -> int | None:
+    """Add each microbatch's gradient to the parameters'; the index of the one at which memory ran out, or None."""
+    found.loss = torch.zeros((), device=parts[0].batch.score_A.device)
+    for index, part in enumerate(parts):
+        try:
+            with span("update/microbatch", part.batch.num_tokens):
+                learn(part.batch, found)
+        except torch.OutOfMemoryError:
+            return index  # with the error go its frames, which hold the activations
+    return None
 
 
 def _batches(minibatches: list[list[Microbatch]]) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ import test_resume
 import tiny
 import torch
 from fastlatent_kernels.noise import STREAM_LATENT, row_gumbel
+from test_gpu_update import fail_at
 from test_resume import assert_same, finish, newest, outcome, session_folder
 
 from fastlatent import evaluate, export, sft, train
@@ -20,6 +21,7 @@ from fastlatent.cli import run_command
 from fastlatent.config import load_config
 from fastlatent.demonstration import Demonstrated, Demonstrator, compress, rollout_of
 from fastlatent.log import read
+from fastlatent.microbatch import OutOfMemory
 from fastlatent.methods import gumbel_mixture
 from fastlatent.methods.base import METHODS
 from fastlatent.optim import Optimizer
@@ -180,6 +182,45 @@ def test_the_learning_rate_follows_the_steps_whatever_reinforcement_learning_mak
     assert optimizer.lr == pytest.approx(0.75e-3)
 
 
+# ---- memory runs out ------------------------------------------------------------------------------------------------
+
+
+def learn_with_gradients(config, *failing: int):
+    """The result of an update on PROMPTS whose backward passes `failing` find no memory, its gradients, and the passes seen."""
+    policy, demonstrator, gradients = policy_of(config), Demonstrator(config, tiny.tokenizer()), {}
+    rollouts = [rollout_of(demonstrator.write(p, "row"), p, policy.method, config, 5) for p in PROMPTS]
+    passes = fail_at(policy, *failing)
+
+    def commit() -> None:
+        gradients.update({name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None})
+
+    return SftUpdater(policy, Optimizer(policy, config), config)(rollouts, commit), gradients, passes
+
+
+@pytest.mark.parametrize("words, budget", [([], 24), (TEXT, 29)])
+def test_a_microbatch_for_which_memory_runs_out_is_split_and_the_gradient_stays(words, budget):
+    """In the second of two microbatches, of two completions, whose gradient is by then in the head and the last block."""
+    config = config_of(*words, f"update.tokens_per_microbatch={budget}")
+    wanted, wanted_gradients, _ = learn_with_gradients(config)
+    split, gradients, passes = learn_with_gradients(config, 1)
+    assert (wanted.num_splits, len(wanted.attempts[0].batches)) == (0, 2)
+    assert (split.num_splits, len(split.attempts[0].batches), len(passes)) == (1, 3, 2 + 3)
+    assert gradients.keys() == wanted_gradients.keys() and len(gradients) > 10
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-4 * float(gradient.abs().max()), rtol=1e-4, msg=name)
+    torch.testing.assert_close(split.loss, wanted.loss)
+    torch.testing.assert_close(split.statistics, wanted.statistics)
+    assert split.num_tokens == wanted.num_tokens  # no prompt is shared, in halves neither
+
+
+@pytest.mark.parametrize("failing, budget, what", [((0, 1), 4096, "half of a microbatch"), ((0,), 24, "a single completion")])
+def test_memory_that_runs_out_again_is_an_error_with_its_remedy(failing, budget, what):
+    reason = rf"out of memory for \d+ packed tokens, {what}; wanted update.tokens_per_microbatch below {budget}, "
+    with pytest.raises(OutOfMemory, match=reason) as caught:
+        learn_with_gradients(config_of(f"update.tokens_per_microbatch={budget}"), *failing)
+    assert caught.value.is_whole
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +288,24 @@ def test_questions_and_answers_alone_are_learnt_from(inside):
     steps = read(trainer.run() / "metrics.jsonl")
     assert steps[-1]["sft/token_loss"] < 0.5 * steps[0]["sft/token_loss"]
     assert steps[0]["thinking/mean_length"] == 0 < steps[0]["completions/mean_length"] < 6
+
+
+def test_a_run_that_has_no_memory_left_splits_and_at_last_saves_what_it_has_learnt(inside, capsys, monkeypatch):
+    backward, passes = torch.Tensor.backward, []
+
+    def failing(self):
+        passes.append(len(passes))
+        if passes[-1] == 0 or passes[-1] > 2:  # the first step's whole microbatch, and everything after its halves
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        backward(self)
+
+    monkeypatch.setattr(torch.Tensor, "backward", failing)
+    with pytest.raises(SystemExit) as exit_:
+        run_command(sft.main, [*LATENT, *ROWS, "out=full", "num_steps=3", "eval.every=0", "eval.ablations=false"])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith("error: update: out of memory for ") and error.count("\n") == 1
+    assert error.endswith("; saved step 1 in full\n") and newest(Path("full")) == 1
+    assert [row["perf/oom_splits"] for row in read(Path("full/metrics.jsonl"))] == [1]
 
 
 def session(folder: Path, argv: list[str]) -> None:

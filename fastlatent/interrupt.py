@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT between two instants that belong together: the partial step is dropped, a committed one never is."""
+"""SIGTERM, SIGINT, SIGHUP between two instants that belong together: the partial step is dropped, a committed one never is."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """While entered, the first SIGTERM or SIGINT raises Interrupted; a second one acts as if we were not here."""
+    """While entered, the first SIGTERM, SIGINT or SIGHUP raises Interrupted; a second one acts as if we were not here.
+
+    But for SIGHUP: it stays ignored where it was (nohup), and is not heard again, as shell and kernel both send it when a
+    terminal is closed, and some service managers after SIGTERM.
+    """
 
     def __init__(self) -> None:
         self._depth, self._is_pending, self._previous = 0, False, {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+            heard = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                heard.append(signal.SIGHUP)
+            self._previous = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, *_) -> None:
@@ -32,7 +39,10 @@ class Interrupts:
         self._previous = {}
 
     def _handle(self, number, frame) -> None:
+        previous = self._previous
         self._restore()
+        if signal.SIGHUP in previous:
+            self._previous = {signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
         if self._depth:
             self._is_pending = True
         else:

@@ -14,9 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fastlatent.metrics import phase_seconds
+from fastlatent.output import Output
 
 SHOWN = {
-    "reward": ("reward", ".3f"), "sft/loss": ("loss", ".3f"), "sft/latent_kl": ("latent kl", ".3f"), "completions/mean_length": ("len", ".1f"), "entropy": ("entropy", ".2f"),
+    "reward": ("reward", ".3f"), "sft/loss": ("loss", ".3f"), "sft/latent_kl": ("latent kl", ".3f"),
+    "completions/mean_length": ("len", ".1f"), "entropy": ("entropy", ".2f"),
     "kl": ("kl", ".4f"), "latent/gate_mean": ("gate", ".3f"), "grad_norm": ("grad", ".2f"),
     "perf/tokens_per_s": ("tok/s", ".0f"), "guard/skipped_steps": ("skipped", ".0f"),
 }
@@ -34,7 +36,8 @@ class LiveView:
 
     def __init__(self, num_steps: int, mode: str = "auto", file: TextIO | None = None):
         self.num_steps, self.mode = num_steps, mode
-        self.console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
+        file = file or sys.stdout  # None where the process was started without one
+        self.console = Console(file=file and Output(file), highlight=False, soft_wrap=True)
         self.rows: list[Mapping[str, float]] = []
         self._live: Live | None = None
         self._started = monotonic()

@@ -1,4 +1,5 @@
 import io
+import os
 
 import pytest
 
@@ -60,6 +61,24 @@ def test_an_exception_leaves_the_terminal_usable(monkeypatch):
             view.step(METRICS)
             1 / 0
     assert out.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is shown again
+
+
+@pytest.mark.parametrize("mode", ["plain", "auto"])
+def test_a_reader_that_goes_away_is_told_of_once_and_changes_nothing_else(mode, monkeypatch, capfd):
+    monkeypatch.setenv("TERM", "xterm")
+    reader, writer = os.pipe()
+    with open(writer, "w") as out:
+        monkeypatch.setattr(out, "isatty", lambda: mode == "auto", raising=False)
+        with LiveView(20, mode, out) as view:
+            view.note("hello")
+            os.close(reader)
+            for _ in range(3):
+                view.step(METRICS)
+                view.note("x" * 100_000)
+        out.write("whoever else writes there")
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith("the output cannot be written any more (Broken pipe); training goes on without it")
 
 
 def test_a_sparkline_spans_its_values():

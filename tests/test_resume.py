@@ -22,6 +22,7 @@ from fastlatent.cli import run_command
 from fastlatent.config import load_config
 from fastlatent.guard import TrainingDiverged
 from fastlatent.held_out import HeldOut
+from fastlatent.interrupt import Interrupted, Interrupts
 from fastlatent.log import read
 from fastlatent.metrics import is_reproducible
 from fastlatent.optim import Optimizer
@@ -112,8 +113,8 @@ def start(folder):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastlatent.trainer", "test_resume"])
 
-    def start_(argv: list[str]):
-        process = context.Process(target=session, args=(folder, argv))
+    def start_(argv: list[str], target=session, *args):
+        process = context.Process(target=target, args=(folder, argv, *args))
         process.start()
         return process
 
@@ -210,7 +211,7 @@ def test_adapters_with_dropout_go_on_after_a_kill(folder, start, monkeypatch):
 # ---- asked to stop --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_process_with_exit_code_0_and_a_checkpoint(folder, start, monkeypatch, number):
     monkeypatch.chdir(folder)
     run = folder / f"asked-{number}"
@@ -222,6 +223,63 @@ def test_a_signal_ends_the_process_with_exit_code_0_and_a_checkpoint(folder, sta
     assert finish(process) == 0
     assert newest(run) == max(row["step"] for row in read(run / "metrics.jsonl"))
     assert not temporaries(run)
+
+
+def on_terminal(folder: Path, argv: list[str], path: str) -> None:
+    """A session that owns a terminal, as the shell's foreground command does."""
+    os.setsid()
+    terminal = os.open(path, os.O_RDWR)  # the first that a session opens becomes its own
+    for descriptor in (1, 2):
+        os.dup2(terminal, descriptor)
+    sys.stdout, sys.__stderr__ = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    os.environ["TERM"] = "xterm"
+    session(folder, argv)
+
+
+@pytest.mark.parametrize("live", ["auto", "plain"])
+def test_a_closed_terminal_ends_the_process_with_exit_code_0_and_a_checkpoint(folder, start, monkeypatch, live):
+    monkeypatch.chdir(folder)
+    run, (ours, theirs) = folder / f"closed-{live}", os.openpty()
+    process = start(words(run.name, 10_000, f"log.live={live}"), on_terminal, os.ttyname(theirs))
+    with open(ours, "rb", buffering=0) as terminal:
+        seen = b""
+        while b"step 2/" not in seen:
+            seen = seen[-10:] + terminal.read(10_000)
+        os.close(theirs)
+    assert finish(process) == 0
+    assert newest(run) == max(row["step"] for row in read(run / "metrics.jsonl")) > 1
+
+
+def into_pipe(folder: Path, argv: list[str], path: str) -> None:
+    os.dup2(os.open(folder / path, os.O_WRONLY), 1)
+    sys.stdout = open(1, "w", closefd=False)
+    session(folder, argv)
+
+
+def test_a_reader_that_has_seen_enough_does_not_end_the_run(folder, start, monkeypatch):
+    """As in `python -m fastlatent.train ... | head -1`."""
+    monkeypatch.chdir(folder)
+    os.mkfifo("pipe")
+    process = start(words("read", 3, "log.live=plain"), into_pipe, "pipe")
+    with open("pipe") as reader:
+        assert "on engine hf" in reader.readline()
+    assert finish(process) == 0 and newest(folder / "read") == 3
+
+
+def test_hanging_up_comes_twice_and_is_heard_unless_it_is_ignored():
+    with Interrupts() as interrupts:
+        with pytest.raises(Interrupted):
+            with interrupts.shielded():
+                os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)  # of the kernel, when the shell has sent its own
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with Interrupts():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def signal_at(monkeypatch, owner, name: str, call: int, is_after: bool) -> list:

@@ -56,7 +56,8 @@ class Learnt:
 
 
 class Trainer:
-    """`Trainer(load_config("hrpo_quickstart")).run()`; everything that can be wrong with the input is found before a model loads."""
+    """`Trainer(load_config("hrpo_quickstart")).run()`; everything that can be wrong with the input is found before a
+    model loads."""
 
     def __init__(self, config: Config, argv: Sequence[str] = ()):
         self.config = config
@@ -84,6 +85,7 @@ class Trainer:
             self.alarm = CollapseAlarm()
             self.guard = Guard(self.run_folder.path, config.update.max_bad_steps)
             self.step = 0
+            self.saved_step: int | None = None  # the last that this process has saved
             if self.run_folder.resumed is not None:
                 self._restore(self.run_folder.resumed)
                 self.run_folder.resumed = None  # as large as the model and its optimizer
@@ -266,12 +268,16 @@ class Trainer:
                 load_weights(self.engine, self.policy.published(), self.step)
 
     def _save(self) -> None:
+        """Once a step: what a step changes is complete before the first save of it, and lines logged later are not its own."""
+        if self.saved_step == self.step:
+            return
         with span("checkpoint"):
             tensors, state = self.optimizer.state()
             state |= self.held_out.state() | {"guard": self.guard.state()}
             weights = {name: p.detach() for name, p in self.policy.trainable().items()}
             self.run_folder.save(self.step, {"weights": weights, "optimizer": tensors}, state,
                                  protect=[] if self.held_out.best_step is None else [self.held_out.best_step])
+        self.saved_step = self.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step

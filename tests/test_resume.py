@@ -333,6 +333,32 @@ def test_a_signal_at_any_place_of_a_step_leaves_a_whole_step(
     assert_same(outcome(trainer(out, 4).run()), uninterrupted)
 
 
+def test_a_step_is_saved_once_whatever_asks_for_it(inside, monkeypatch):
+    """The third is one to save, the best so far and the last."""
+    save, saved = RunFolder.save, []
+
+    def watched(self, step, *args, **kwargs):
+        saved.append(step)
+        return save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(RunFolder, "save", watched)
+    trainer("once", 3).run()
+    assert saved == [1, 2, 3]
+
+
+def test_an_interruption_after_the_last_step_leaves_nothing_twice_in_the_log(inside, monkeypatch):
+    def interrupted(run):
+        monkeypatch.setattr("fastlatent.trainer.write_report", lambda run: None)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    straight = trainer("end-straight", 2, "eval.ablations=true").run()
+    monkeypatch.setattr("fastlatent.trainer.write_report", interrupted)
+    trainer("end", 2, "eval.ablations=true").run()
+    again = trainer("end", 2, "eval.ablations=true").run()
+    assert_same(outcome(again), outcome(straight))
+    assert sum("eval/accuracy_latents_off" in row for row in read(again / "metrics.jsonl")) == 2  # before and after training
+
+
 # ---- what is not finite ---------------------------------------------------------------------------------------------
 
 

@@ -117,6 +117,7 @@ class Trainer:
             except Interrupted:
                 self._save()
                 view.note(f"interrupted: saved step {self.step} in {run.path}; go on with out={run.path} resume=auto")
+                self._report()
             except EngineFailed as error:
                 # no step was being learnt from, so the weights are those of the last whole one
                 self._save()
@@ -298,9 +299,12 @@ class Trainer:
             self._log_measured(self.held_out.ablate(self.step), view)
         if (line := self.alarm.summary()) is not None:
             view.note(line)
+        self._report()
+        view.note(f"done: {self.run_folder.path} (report.html, metrics.jsonl, samples.jsonl, checkpoints)")
+
+    def _report(self) -> None:
         with self.run_folder.writing():
             write_report(self.run_folder.path)
-        view.note(f"done: {self.run_folder.path} (report.html, metrics.jsonl, samples.jsonl, checkpoints)")
 
     def close(self) -> None:
         self._opened.close()

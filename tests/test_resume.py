@@ -333,6 +333,14 @@ def test_a_signal_at_any_place_of_a_step_leaves_a_whole_step(
     assert_same(outcome(trainer(out, 4).run()), uninterrupted)
 
 
+def test_an_interrupted_run_has_its_report(inside, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("fastlatent.trainer.write_report", lambda run: drawn.append((run, newest(run))))
+    signal_at(monkeypatch, Trainer, "_collect", 2, is_after=False)
+    path = trainer("reported", 4).run()
+    assert drawn == [(path, 1)]  # what can be lost is saved first
+
+
 def test_a_step_is_saved_once_whatever_asks_for_it(inside, monkeypatch):
     """The third is one to save, the best so far and the last."""
     save, saved = RunFolder.save, []

@@ -135,8 +135,11 @@ class CudaRecorder:
         output = output_of(self._config)
         if self._config.profile.tool == "ncu":
             return [f"ncu has {name}; open {output}.ncu-rep with ncu-ui, or ncu --import"]
-        return [f"nsys has {name}; when it has written its report: nsys export --type sqlite {output}*.nsys-rep, then "
-                f"python -m fastlatent.profile_report on the sqlite file"]
+        export = f"nsys export --type sqlite {output}.nsys-rep"
+        if self._config.profile.spans:  # a report for each time, and an export takes one
+            export = f'for report in {output}*.nsys-rep; do nsys export --type sqlite "$report"; done'
+        return [f"nsys has {name}; when it has written its report: {export}; then python -m fastlatent.profile_report on the "
+                "sqlite file"]
 
 
 class TorchRecorder:

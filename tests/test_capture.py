@@ -1,7 +1,10 @@
 """Steps of a run are recorded, and nothing of the run is changed by it; what a GPU's own profilers need is asked for."""
 
 import json
+import os
+import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -226,7 +229,16 @@ def test_nsight_is_switched_on_around_the_steps_or_the_ranges(inside, monkeypatc
     whole, parts = calls[: len(calls) // 2 - 1], calls[len(calls) // 2 - 1 :]
     assert whole == [1, "rollout", 2, "rollout", "start", 3, "rollout", 4, "rollout", "stop", 5, "rollout"]
     assert parts == [1, "rollout", 2, "rollout", 3, "start", "rollout", "stop", 4, "start", "rollout", "stop", 5, "rollout"]
-    assert len(said) == 3 and all("nsys export --type sqlite hrpo_quickstart-steps-3-4" in sentence for sentence in said)
+    assert len(said) == 3 and "report: nsys export --type sqlite hrpo_quickstart-steps-3-4.nsys-rep; then" in said[0]
+    for report in ("hrpo_quickstart-steps-3-4.1", "hrpo_quickstart-steps-3-4.2"):
+        (tmp_path / f"{report}.nsys-rep").touch()
+    (tmp_path / "nsys").write_text('#!/bin/sh\n[ $# = 4 ] && echo "$@"\n')  # an export takes one report
+    (tmp_path / "nsys").chmod(0o755)
+    for sentence in said[1:]:
+        command = re.search(r"its report: (for .*; done); then", sentence)[1]
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        exported = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+        assert exported.splitlines() == [f"export --type sqlite hrpo_quickstart-steps-3-4.{n}.nsys-rep" for n in (1, 2)]
 
 
 def asked(*words: str):
@@ -253,7 +265,8 @@ def test_nsight_has_to_have_started_the_run(inside, monkeypatch):
         capture.check(config, WORDS)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"has to start this process \(and nsys is not on the PATH\): nsys profile .*fastlatent.train"):
+    with pytest.raises(UserError, match=r"has to start this process \(and nsys is not on the PATH\): nsys profile .*"
+                                        "fastlatent.train"):
         capture.check(config, WORDS)
     monkeypatch.setenv("NSYS_PROFILING_SESSION_ID", "1")
     capture.check(config, WORDS)

@@ -247,6 +247,7 @@ ERRORS = [
     ("objective.constant_length=9", "objective.constant_length: needs objective.normalizer=constant"),
     ("optim.betas=[0.9, 1]", "optim.betas.1: wanted 0 to below 1, got 1.0"),
     ("optim.lr=.nan", "optim.lr: wanted a finite number, got nan"),
+    ("rewards.0.weight=.nan", "rewards.0.weight: wanted a finite number, got nan"),
     ("optim.lr=.inf", "optim.lr: wanted a finite number, got inf"),
     ("optim.warmup_ratio=-0.1", "optim.warmup_ratio: wanted at least 0, got -0.1"),
     ("optim.warmup_ratio=1.1", "optim.warmup_ratio: wanted at most 1, got 1.1"),

@@ -9,12 +9,10 @@ may carry two attributes: `Config`, its options (see `with_options`), and `warm_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from fastlatent.errors import UserError
 from fastlatent.registry import Family
 
 REWARDS = Family("fastlatent.rewards", "reward")
@@ -100,14 +98,3 @@ def unique_names(configs: Sequence[RewardConfig]) -> list[str]:
             name = f"{base}_{number}"
         names.append(name)
     return names
-
-
-def check_configs(configs: Sequence[RewardConfig]) -> None:
-    """UserError where the common options of an entry make no sense."""
-    if not configs:
-        raise UserError("rewards: wanted at least one reward function, got none")
-    for index, config in enumerate(configs):
-        if not config.timeout_s > 0:
-            raise UserError(f"rewards.{index}.timeout_s: must be positive, got {config.timeout_s}")
-        if not math.isfinite(config.weight):
-            raise UserError(f"rewards.{index}.weight: must be finite, got {config.weight}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlatent.errors import UserError
-from fastlatent.rewards.base import RewardConfig, RewardJob, RewardReport, RewardResult, check_configs, unique_names
+from fastlatent.rewards.base import RewardConfig, RewardJob, RewardReport, RewardResult, unique_names
 from fastlatent.rewards.process import WorkerProcess
 from fastlatent.rewards.wire import job_message, setup_message
 
@@ -55,7 +55,6 @@ class RewardPool:
         Raises:
             UserError: a reward does not exist, cannot be imported, or cannot be called with what it will be given.
         """
-        check_configs(configs)
         self.configs = list(configs)
         self.names = unique_names(self.configs)
         self._setup = setup_message(self.configs, columns, memory_mb)

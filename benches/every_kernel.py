@@ -52,7 +52,8 @@ def attempt(op: Op, shape: dict, dtype_name: str, device: str, counts: dict[str,
         except Exception as error:
             if "CUDA" in str(error) and "error" in str(error).lower():
                 raise  # the device is lost to this process
-            broken.append(f"{op.name} [{backend}] {dtype_name} {size(shape)}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            broken.append(f"{op.name} [{backend}] {dtype_name} {size(shape)}: {type(error).__name__}: "
+                          f"{str(error).splitlines()[0]}")
         else:
             counts[backend][dtype_name] += 1
     return broken
@@ -61,7 +62,8 @@ def attempt(op: Op, shape: dict, dtype_name: str, device: str, counts: dict[str,
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m benches.every_kernel", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--largest", type=int, default=10**7, metavar="N", help="leave out shapes of more elements (default: 1e7)")
+    parser.add_argument("--largest", type=int, default=10**7, metavar="N",
+                        help="leave out shapes of more elements (default: 1e7)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: there is no CUDA device here")

@@ -43,7 +43,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="benches/gpu.sh", description="Build, test and measure everything on one GPU, without a network.")
     parser.add_argument("--part", action="append", choices=(*PARTS, "none"),
                         help="may be repeated (default: all, in the order of value); none: only --keep")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small sizes, to test the battery itself")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
+                        help="cpu: small sizes, to test the battery itself")
     parser.add_argument("--minutes", type=float, default=27.0, metavar="N", help="begin nothing after these (default: 27)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="six files (default: runs/gpu)")
     parser.add_argument("--store", type=Path, default=Path("~/.cache/fastlatent-gpu"), metavar="DIR",
@@ -79,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
         if not chosen:
             return 0
         if "build" not in chosen and not gpu_parts.is_built(args.store):
-            raise ValueError(f"--part: nothing is built in {args.store} yet; begin with --part build, which takes seconds where it is")
+            raise ValueError(f"--part: nothing is built in {args.store} yet; begin with --part build, which takes "
+                             "seconds where it is")
         if args.device == "cuda" and not gpu_parts.has_gpu():
             raise ValueError("--device: torch sees no GPU here; --device cpu runs every part at small sizes")
         return battery(Place(args.device, args.out, args.store), chosen, args.minutes * 60, args.commit)
@@ -119,7 +121,8 @@ def _attempt(part: str, step: Step, at: Place, until: float) -> bool:
 
 def _record(part: str, step: Step, outcome: Outcome, at: Place) -> None:
     """A line in parts.jsonl, and a summary that knows of it: whoever ends this process finds both."""
-    row = {"part": part, "step": step.name, "status": outcome.status, "seconds": round(outcome.seconds, 1), "note": outcome.note,
+    row = {"part": part, "step": step.name, "status": outcome.status, "seconds": round(outcome.seconds, 1),
+           "note": outcome.note,
            "details": details(outcome.lines), "device": at.device, "commit": os.environ["FASTLATENT_COMMIT"] or None,
            "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     with open(at.out / "parts.jsonl", "a") as file:
@@ -163,7 +166,8 @@ def environment(at: Place, commit: str | None) -> dict[str, str]:
 
 def _commit() -> str:
     try:
-        return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

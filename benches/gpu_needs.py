@@ -19,7 +19,8 @@ PIECE_BYTES = 60 * 10**6
 SMALL_BYTES = 10**6
 """A file up to this size goes into every piece: a machine that has got any one of them can build."""
 
-PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
+PLATFORMS = [
+    *(f"manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 24, 17)), "manylinux2014_x86_64", "manylinux1_x86_64"]
 
 
 class Need(NamedTuple):
@@ -67,7 +68,8 @@ def table(store: Path) -> str:
     rows = [f"{'MB':>6s}  {'':7s} {'package':22s} for"]
     for need in sorted(NEEDS, key=lambda need: (need.is_usual, need.mb)):
         state = "here" if is_here(need, store) else "MISSING"
-        rows.append(f"{need.mb:6.1f}  {state:7s} {need.requirement:22s} {need.use}" + (" (usually there)" if need.is_usual else ""))
+        usual = " (usually there)" if need.is_usual else ""
+        rows.append(f"{need.mb:6.1f}  {state:7s} {need.requirement:22s} {need.use}{usual}")
     rows.append("\n--pack DIR [--also NAME,...] [--python 3.12], where there is a network, fetches what is not usually there "
                 "into pieces; benches/gpu.sh begins with a schedule of calls.")
     return "\n".join(rows)
@@ -89,7 +91,8 @@ def pack(folder: Path, also: list[str], python: str | None) -> list[Path]:
                    str(fetched), *target, _pinned(need)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise ValueError(f"--pack: pip could not fetch {_pinned(need)}: {(done.stderr.strip() or 'no reason').splitlines()[-1]}")
+            reason = (done.stderr.strip() or "no reason").splitlines()[-1]
+            raise ValueError(f"--pack: pip could not fetch {_pinned(need)}: {reason}")
     files = sorted(fetched.iterdir(), key=lambda file: file.stat().st_size)
     pieces = cut(files, folder, PIECE_BYTES, SMALL_BYTES)
     shutil.rmtree(fetched)

@@ -32,7 +32,8 @@ def _heading(parts: Sequence[Row], results: Sequence[Row]) -> str:
     if results:
         hardware, versions = results[-1]["hardware"], results[-1]["versions"]
         names = ", ".join(hardware["gpus"]) or hardware["cpu"]
-        known = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "cuda", "triton", "transformers") if versions.get(name))
+        packages = ("python", "torch", "cuda", "triton", "transformers")
+        known = ", ".join(f"{name} {versions[name]}" for name in packages if versions.get(name))
         lines.append(f"{names}, {hardware['cores']} cores; {known}")
     return "\n\n".join(lines)
 
@@ -47,7 +48,8 @@ def _tests(rows: Iterable[Row]) -> list[str]:
     for row in rows:
         found = row["details"]
         if counts := found.get("tests"):
-            out.append(f"Tests, {row['step']}: " + ", ".join(f"{number} {what}" for what, number in sorted(counts.items())) + ".")
+            told = ", ".join(f"{number} {what}" for what, number in sorted(counts.items()))
+            out.append(f"Tests, {row['step']}: {told}.")
         if bad := found.get("failed"):
             more = [f"- and {len(bad) - MOST_FAILURES} more, see log.txt"] if len(bad) > MOST_FAILURES else []
             out.append("\n".join([*(f"- `{node}`" for node in bad[:MOST_FAILURES]), *more]))

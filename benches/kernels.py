@@ -36,7 +36,8 @@ def parsed(argv: list[str]) -> Namespace:
     parser.add_argument("--headlines", action="store_true", help="the last shape of each op only")
     parser.add_argument("--rows", type=int, metavar="N",
                         help="leave out shapes of more rows: on a CPU an eager reference of 32768 takes minutes")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled reference: compiling it takes longest")
+    parser.add_argument("--no-compile", action="store_true",
+                        help="leave out the compiled reference: compiling it takes longest")
     parser.add_argument("--backend", metavar="NAME", help="the one of ours to measure (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")

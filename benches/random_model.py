@@ -1,4 +1,5 @@
-"""A model of a known shape with random weights, for measuring where there is no network: `python -m benches.random_model NAME DIR`.
+"""A model of a known shape with random weights, for measuring where there is no network:
+`python -m benches.random_model NAME DIR`.
 
 Its tokenizer is made on the spot from the quickstart's sentences (byte-level, 1,000 tokens), so that prompts have about as many
 tokens as with a real one. Ids beyond it, nearly all of the vocabulary, are drawn like any others and have no text.

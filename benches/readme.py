@@ -87,7 +87,8 @@ class Table(NamedTuple):
 TABLES = {
     "learning": Table(
         "What a run learns: mean reward of its first 3 and last 5 steps; greedy accuracy on 128 held-out problems before and "
-        "after, and after with the latents switched off or shuffled among rows; tokens of thinking in those completions, after", {
+        "after, and after with the latents switched off or shuffled among rows; tokens of thinking in those "
+        "completions, after", {
             "recipe": lambda row: row["case"], "run": lambda row: row["variant"],
             "reward": change("reward_first", "reward_last"), "accuracy": change("accuracy_before", "accuracy_after"),
             "latents off": fact("accuracy_latents_off", "{:.2f}"), "shuffled": fact("accuracy_latents_shuffled", "{:.2f}"),
@@ -118,7 +119,8 @@ TABLES = {
             "times released": metric("speed_over_released", spread=True), "dtype": fact("dtype"),
         }),
     "kernels": Table(
-        "Kernels: each op at its largest measured shape beside its plain torch reference, eager and compiled, from cold caches, "
+        "Kernels: each op at its largest measured shape beside its plain torch reference, eager and compiled, from cold "
+        "caches, "
         "interleaved rounds; median (20th to 80th percentile). GB/s and TFLOP/s count the least traffic and arithmetic; the "
         "share is that of the faster of copying and multiplying alone", {
             "op, shape, dtype, passes": lambda row: row["case"], "implementation": lambda row: row["variant"],

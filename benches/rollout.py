@@ -38,7 +38,9 @@ ENDS = {
     "equal": "nothing ends a row: all have as many tokens as the cap allows, on both sides",
     "recipe": "our rows end as the recipe says, with its forced answer; those of generate at an EOS",
 }
-MODES = {"discrete": ("discrete",), "hrpo_topk": ("latent", "sampling.top_k=50", "model.freeze_embedding=true"), "hrpo_full": ("latent",)}
+MODES = {
+    "discrete": ("discrete",), "hrpo_topk": ("latent", "sampling.top_k=50", "model.freeze_embedding=true"),
+    "hrpo_full": ("latent",)}
 """The recipe of each mode, and what is different in it."""
 OURS = {"hf": ("engine.name=hf", "engine.max_batch={batch}"),
         # an engine a mode, all in this process: on a GPU they share its memory, and vLLM lets only one of them sleep
@@ -133,7 +135,8 @@ def bound(config: Config, mode: str) -> float:
 def _result(case: str, name: str, laps: dict[str, list[Lap]], facts: dict, config: Config) -> Result:
     own, (engine, _, mode) = laps[name], name.partition("-")
     samples = {"rate_tok_s": [lap.rate for lap in own]} | seconds(own)
-    rivals = {"speed_over_generate": "generate", "speed_over_loop": f"loop-{mode}", "speed_over_hf": f"hf-{mode}", "speed_over_discrete": f"{engine}-discrete"}
+    rivals = {"speed_over_generate": "generate", "speed_over_loop": f"loop-{mode}", "speed_over_hf": f"hf-{mode}",
+              "speed_over_discrete": f"{engine}-discrete"}
     for metric, rival in rivals.items():
         if rival in laps and rival != name and mode:
             samples[metric] = [lap.rate / theirs.rate for lap, theirs in zip(own, laps[rival], strict=True)]
@@ -170,9 +173,11 @@ def _batches(words: str) -> list[int]:
 
 def main(argv: list[str]) -> None:
     parser = setting.parser("rollout", __doc__, rounds=7)
-    for flag, known, default in (("engine", ENGINES, "hf,generate"), ("mode", MODES, "discrete,hrpo_full"), ("ends", ENDS, ",".join(ENDS))):
+    for flag, known, default in (("engine", ENGINES, "hf,generate"), ("mode", MODES, "discrete,hrpo_full"),
+                                 ("ends", ENDS, ",".join(ENDS))):
         parser.add_argument(f"--{flag}", default=default, help=f"any of {', '.join(known)} (default: {default})")
-    parser.add_argument("--batch", dest="batches", default="32", metavar="B", help="rows, several with commas; groups of 8 where it is a multiple (default: 32)")
+    parser.add_argument("--batch", dest="batches", default="32", metavar="B",
+                        help="rows, several with commas; groups of 8 where it is a multiple (default: 32)")
     args = parser.parse_args(argv)
     args.batches = _batches(args.batches)
     setting.apply(args)

@@ -22,7 +22,8 @@ NAME = "fastlatent"
 
 
 class KVCache:
-    """Keys and values of `num_rows` sequences, row r holding its first tokens at places 0, 1, ...: per layer [rows, heads, room, head]."""
+    """Keys and values of `num_rows` sequences, row r holding its first tokens at places 0, 1, ...: per layer
+    [rows, heads, room, head]."""
 
     def __init__(self, config, num_rows: int, room: int, dtype: torch.dtype, device: torch.device):
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -44,7 +44,8 @@ def describe(config: Config, policy: Policy) -> str:
     ops = "; ".join(f"{backend}: {', '.join(names)}" for backend, names in sorted(by_backend.items()))
     dtype = str(compute_dtype(config.model, device)).removeprefix("torch.")
     where = f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return f"{config.method.name} on engine {config.engine.name}, {dtype} on {where}; update {_update(config, policy)}; ops {ops}"
+    return (f"{config.method.name} on engine {config.engine.name}, {dtype} on {where}; update {_update(config, policy)}; "
+            f"ops {ops}")
 
 
 def _update(config: Config, policy: Policy) -> str:
@@ -81,7 +82,8 @@ def check_model(config: Config) -> None:
     if config.model.liger:
         liger.check(model.config, device)
     if config.model.compile and device.type == "cpu" and not any(map(which, COMPILERS)):
-        raise UserError(f"model.compile: on a CPU torch.compile needs a C++ compiler, one of {', '.join(COMPILERS)} on the PATH")
+        raise UserError(f"model.compile: on a CPU torch.compile needs a C++ compiler, one of {', '.join(COMPILERS)} on the "
+                        "PATH")
     ENGINES.find(config.engine.name, "engine.name").check(config.engine, model.config, device)
 
 

@@ -4,8 +4,8 @@ into mixtures of tokens.
     chain   "7 + 5 = 12"             tokens_per_latent = 2
     read    [7 +] [_ 5] [= _] [1 2]  ####  _ 1 2  <end of turn>
 
-A chain may be a list of texts, ["7 +", " 5 =", " ", "1", "2"]: no latent spans two of them. A mixture knows no order, and one of
-a result's digits cannot be told from one of several results: say where it matters.
+A chain may be a list of texts, ["7 +", " 5 =", " ", "1", "2"]: no latent spans two of them. A mixture knows no order, and one
+of a result's digits cannot be told from one of several results: say where it matters.
 
 A demonstration is a Rollout that the data wrote instead of the policy, so that what packs and reads rollouts packs and reads
 it, too: the mixtures of `Demonstrated` are its latent actions, everything else its token actions.
@@ -59,7 +59,8 @@ class Demonstrator:
     def __init__(self, config: Config, tokenizer):
         self.config, self.sft, self.tokenizer = config, config.sft, tokenizer
         if tokenizer.eos_token_id is None:
-            raise UserError(f"model.path: the tokenizer of {config.model.path} has no end-of-sequence token, which answers need")
+            raise UserError(f"model.path: the tokenizer of {config.model.path} has no end-of-sequence token, which "
+                            "answers need")
         thinking = config.thinking
         if self.sft.chain is None:
             self.end = ""

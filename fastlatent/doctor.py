@@ -65,7 +65,8 @@ def _machine() -> Rows:
         return [*rows, ("gpu", "none that torch sees" if torch.version.cuda else "none: this torch is built without CUDA")]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        rows.append((f"gpu {index}", f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
+        rows.append((f"gpu {index}", f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
+                                    f"{gpu.total_memory / 2**30:.0f} GiB"))
     return rows
 
 
@@ -79,7 +80,8 @@ def _model() -> Rows:
     damage = find_damage(folder, SMOLLM2)
     # SmolLM2, which need not be in the cache, is a Llama
     engine, why = AutoEngine.choose(AutoEngine.Config(), LlamaConfig(), device)
-    state = {None: f"in {folder}", "": f"not fetched yet: {SMOLLM2.size_mb} MB at its first use, or with python -m fastlatent.models"}
+    state = {None: f"in {folder}", "": f"not fetched yet: {SMOLLM2.size_mb} MB at its first use, or with "
+                                        "python -m fastlatent.models"}
     return [
         ("model.device=auto", str(device)),
         ("model.dtype=auto", f"{str(dtype).removeprefix('torch.')}: {reason}"),
@@ -111,7 +113,9 @@ def _extras() -> Rows:
 
 
 def _remedy(name: str, extra: Extra) -> str:
-    return surface.INSTALL["cpu"] if name == "vllm" and not torch.cuda.is_available() else f"pip install {quote(extra.requirement)}"
+    if name == "vllm" and not torch.cuda.is_available():
+        return surface.INSTALL["cpu"]
+    return f"pip install {quote(extra.requirement)}"
 
 
 def _vllm() -> Rows:

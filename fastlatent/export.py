@@ -1,5 +1,5 @@
-"""Hand a trained run on: `python -m fastlatent.export RUN DIR` writes a plain Hugging Face checkpoint, adapters merged, and beside
-it the method's own parameters (`method.safetensors`) with what rebuilds them (`fastlatent.json`)."""
+"""Hand a trained run on: `python -m fastlatent.export RUN DIR` writes a plain Hugging Face checkpoint, adapters merged, and
+beside it the method's own parameters (`method.safetensors`) with what rebuilds them (`fastlatent.json`)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m fastlatent.export", description=__doc__)
     add_arguments(parser)
     parser.add_argument("dir", metavar="DIR", help="folder to write; must not exist")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: float32, the masters')")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32",
+                        help="of the weights (default: float32, the masters')")
     args = parser.parse_args(argv)
     folder = Path(args.dir)
     if folder.exists():

@@ -35,7 +35,8 @@ def figures_of(rows: list[dict]) -> Iterator[tuple[str, str, Draw]]:
         yield ("reward", "Mean reward of the completions learnt from; the band is one standard deviation.",
                partial(_band, rows=rows, name="reward", spread="reward_std"))
     if _has(rows, "sft/loss"):
-        yield ("loss", "Distance to the demonstrations in nats: cross-entropy of tokens, KL of mixtures, and both as learnt from.",
+        yield ("loss",
+               "Distance to the demonstrations in nats: cross-entropy of tokens, KL of mixtures, and both as learnt from.",
                partial(_lines, rows=rows, unit="nats",
                        names={"sft/loss": "loss", "sft/token_loss": "tokens", "sft/latent_kl": "mixtures"}))
     if _has(rows, "eval/accuracy"):

@@ -1,4 +1,5 @@
-"""Ask a trained run: `python -m fastlatent.generate RUN "question"` prints its thinking, its answer and what its latents did."""
+"""Ask a trained run: `python -m fastlatent.generate RUN "question"` prints its thinking, its answer and what its latents
+did."""
 
 from __future__ import annotations
 

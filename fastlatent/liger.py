@@ -1,8 +1,8 @@
 """liger-kernel's RMSNorm, SwiGLU and rotary embeddings in place of a transformers model's own, by `model.liger`.
 
-The norms and the SwiGLU blocks of that one model are replaced. The rotary embedding is a function of the module that defines the
-architecture, so from then on every model of that architecture in this process computes it with liger's kernel: the policy, its
-reference and an in-process engine.
+The norms and the SwiGLU blocks of that one model are replaced. The rotary embedding is a function of the module that defines
+the architecture, so from then on every model of that architecture in this process computes it with liger's kernel: the policy,
+its reference and an in-process engine.
 """
 
 from __future__ import annotations

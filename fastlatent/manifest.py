@@ -115,7 +115,8 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_instructions() -> str:
-    """The widest vectors there are, and whether they multiply bfloat16: one name of a processor may stand for several of these."""
+    """The widest vectors there are, and whether they multiply bfloat16: one name of a processor may stand for several of
+    these."""
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
     return "AVX512_BF16" if torch.cpu._is_avx512_bf16_supported() else torch.backends.cpu.get_cpu_capability()

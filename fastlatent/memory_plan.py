@@ -1,6 +1,7 @@
 """What a run will hold in memory, told when it starts: everything whose size is known before the first prompt is read.
 
-Activations are not in it: they grow with update.tokens_per_microbatch, and the log's perf/peak_memory_gb says what they came to.
+Activations are not in it: they grow with update.tokens_per_microbatch, and the log's perf/peak_memory_gb says what they came
+to.
 """
 
 from __future__ import annotations

@@ -35,18 +35,18 @@ SPANS: dict[str, str] = {
            update {microbatch {forward, head, backward}, optimizer}
     evaluate, checkpoint
 
-New weights are handed over when the engine next draws, which opens a rollout, or an evaluation: after the update would be outside of
-both. Sampling lies within decoding, because on a GPU one CUDA graph holds both. Held-out evaluation and saving come after the
-step: not every step has them, and its line in the log, with its time, is written before they begin. Scoring and evaluation pass
-through the code of update and rollout: a profiler shows those ranges within theirs, and the times of `update/*` and `rollout/*`
-leave them out, so that parts are never longer than their whole.
+New weights are handed over when the engine next draws, which opens a rollout, or an evaluation: after the update would be
+outside of both. Sampling lies within decoding, because on a GPU one CUDA graph holds both. Held-out evaluation and saving come
+after the step: not every step has them, and its line in the log, with its time, is written before they begin. Scoring and
+evaluation pass through the code of update and rollout: a profiler shows those ranges within theirs, and the times of `update/*`
+and `rollout/*` leave them out, so that parts are never longer than their whole.
 """
 
 PHASES: dict[str, tuple[str, ...]] = {
     "rollout": ("rollout",), "reward": ("rollout/reward",), "sync": ("rollout/weight_sync",),
     "score": ("score_old", "score_ref"), "update": ("update",)}
-"""What a step's time goes into, and the spans that tell. The step's rest is packing, bookkeeping, and an engine's giving its memory
-back for the update."""
+"""What a step's time goes into, and the spans that tell. The step's rest is packing, bookkeeping, and an engine's giving its
+memory back for the update."""
 
 NAMES: dict[str, str] = {
     "step": "training steps finished when the line was written",
@@ -108,7 +108,8 @@ NAMES: dict[str, str] = {
     "guard/reward_{failure}": "rewards of the step that could not be had, by cause",
     "eval/accuracy": "held-out accuracy of the greedy completion",
     "eval/sampled_accuracy": "held-out accuracy of sampled completions",
-    "eval/accuracy_latents_{how}": "held-out greedy accuracy with latents on, off, or shuffled among rows, before and after training",
+    "eval/accuracy_latents_{how}":
+        "held-out greedy accuracy with latents on, off, or shuffled among rows, before and after training",
     "eval/mean_length": "mean length in tokens of held-out greedy completions",
     "eval/thinking_length": "mean number of thinking tokens in held-out greedy completions",
     "perf/tokens_per_s": "completion tokens per second of the whole step",

@@ -42,8 +42,8 @@ class Microbatch:
         if self.is_half or len(self.items) < 2:
             raise OutOfMemory(
                 f"update: out of memory for {self.batch.num_tokens} packed tokens, "
-                f"{'half of a microbatch' if self.is_half else 'a single completion'}; wanted update.tokens_per_microbatch below "
-                f"{config.tokens_per_microbatch}, model.gradient_checkpointing=true or a smaller sampling.max_new_tokens")
+                f"{'half of a microbatch' if self.is_half else 'a single completion'}; wanted update.tokens_per_microbatch "
+                f"below {config.tokens_per_microbatch}, model.gradient_checkpointing=true or a smaller sampling.max_new_tokens")
         read = list(accumulate(item.num_inputs for item in self.items))
         cut = min(range(1, len(self.items)), key=lambda cut: abs(2 * read[cut - 1] - read[-1]))
         num_scored = sum(item.num_actions for item in self.items[:cut])

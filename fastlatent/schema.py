@@ -286,8 +286,8 @@ class Config:
     method: Any = field(default_factory=lambda: {"name": "grpo"})
     """What distinguishes one training method from another; `name` chooses it."""
     engine: Any = field(default_factory=lambda: {"name": "auto"})
-    """Where rollouts are drawn; `name` chooses it. auto: vllm where it is installed and can run the model here, else hf; the log
-    says which and why, and the run keeps it."""
+    """Where rollouts are drawn; `name` chooses it. auto: vllm where it is installed and can run the model here, else hf; the
+    log says which and why, and the run keeps it."""
     data: Any = field(default_factory=lambda: {"name": "jsonl"})
     """Questions and answers; `name` chooses the reader."""
     rewards: Any = field(default_factory=lambda: [{"name": "exact_number"}])

@@ -35,8 +35,8 @@ class SftTrainer(Trainer):
         if K and config.sft.chain is None:
             raise UserError(f"sft.tokens_per_latent: wanted 0, as with sft.chain=null there is nothing to compress, got {K}")
         if K and not most:
-            raise UserError(f"sft.tokens_per_latent: wanted 0, as the latents of {config.method.name} are no mixtures of tokens "
-                            f"that a chain could be compressed into, got {K}")
+            raise UserError(f"sft.tokens_per_latent: wanted 0, as the latents of {config.method.name} are no mixtures of "
+                            f"tokens that a chain could be compressed into, got {K}")
         if K > most:
             raise UserError(f"sft.tokens_per_latent: a mixture of {K} tokens is more than method.top_k={most}")
 

@@ -110,8 +110,9 @@ def _update(result: UpdateResult) -> dict[str, float]:
         return {"grad_norm": 0.0, "policy_loss": 0.0}
     sums = {name: float(value) for name, value in result.sums.items()}
     count = max(sums.pop("count"), 1.0)
-    out = {"grad_norm": float(result.grad_norm), "policy_loss": sums["policy_loss"] / len(result.attempts), "kl": sums["kl"] / count,
-           "clip_ratio/low_mean": sums["clip_low"] / count, "clip_ratio/high_mean": sums["clip_high"] / count,
+    out = {"grad_norm": float(result.grad_norm), "policy_loss": sums["policy_loss"] / len(result.attempts),
+           "kl": sums["kl"] / count, "clip_ratio/low_mean": sums["clip_low"] / count,
+           "clip_ratio/high_mean": sums["clip_high"] / count,
            "clip_ratio/region_mean": (sums["clip_low"] + sums["clip_high"]) / count,
            "clip_ratio/dual_mean": sums["dual_clipped"] / count, "policy/approx_kl": sums["approx_kl"] / count,
            "policy/ratio_mean": sums["ratio"] / count}
@@ -183,7 +184,8 @@ def of_ablations(step: int, samples: dict[str, Sequence[Sample]]) -> dict[str, f
 
 
 def ablation_lines(samples: dict[str, Sequence[Sample]], metrics: dict[str, float]) -> list[str]:
-    """Held-out greedy accuracy by what was done to the latents, each with its standard error; then the gate, if there is one."""
+    """Held-out greedy accuracy by what was done to the latents, each with its standard error; then the gate, if there is
+    one."""
     lines = []
     for how, rows in samples.items():
         p = accuracy(rows)
@@ -191,6 +193,6 @@ def ablation_lines(samples: dict[str, Sequence[Sample]], metrics: dict[str, floa
         thinking = fmean(s.rollout.num_thinking for s in rows)
         lines.append(f"latents {how:8s} accuracy {p:.3f} (standard error {error:.3f}), mean thinking length {thinking:.1f}")
     if "latent/gate_mean" in metrics:
-        lines.append(f"gate a: mean {metrics['latent/gate_mean']:.4f}, spread over dimensions {metrics['latent/gate_std']:.4f}, "
-                     f"least {metrics['latent/gate_min']:.4f}")
+        lines.append(f"gate a: mean {metrics['latent/gate_mean']:.4f}, spread over dimensions "
+                     f"{metrics['latent/gate_std']:.4f}, least {metrics['latent/gate_min']:.4f}")
     return lines

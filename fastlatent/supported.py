@@ -24,14 +24,16 @@ def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in linear):
             leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-            raise UserError(f"model.lora.target_modules: {type(model).__name__} has no linear layer {target!r}; it has {leaves}")
+            raise UserError(f"model.lora.target_modules: {type(model).__name__} has no linear layer {target!r}; it has "
+                            f"{leaves}")
 
 
 def _check_head(model) -> None:
     """Refuse heads whose logits are not hidden @ W.T: the fused ops would be silently wrong."""
     head, config = getattr(model, "lm_head", None), model.config
     if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise UserError(f"model.path: {type(model).__name__} is not supported: wanted a head that is one linear layer without bias")
+        raise UserError(f"model.path: {type(model).__name__} is not supported: wanted a head that is one linear layer "
+                        "without bias")
     for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, option, None) not in (None, 1, 1.0):
             raise UserError(f"model.path: {type(model).__name__} is not supported: it sets {option}")

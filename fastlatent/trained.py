@@ -1,4 +1,5 @@
-"""A finished (or interrupted) run, opened for use: its configuration, its trained policy, an engine that decodes as it trained."""
+"""A finished (or interrupted) run, opened for use: its configuration, its trained policy, an engine that decodes as it
+trained."""
 
 from __future__ import annotations
 

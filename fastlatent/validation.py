@@ -41,7 +41,8 @@ AT_LEAST = {
     "thinking.max_tokens": 1, "answer.max_tokens": 1, "sampling.max_new_tokens": 1,
     "objective.advantage_eps": 0, "objective.constant_length": 0, "objective.kl_coef": 0, "objective.num_epochs": 1,
     "objective.num_minibatches": 1, "objective.max_filter_rounds": 0,
-    "sft.tokens_per_latent": 0, "sft.latent_weight": 0, "mismatch.ratio_max": 1, "mismatch.ratio_min": 0, "mismatch.probe_tokens": 0,
+    "sft.tokens_per_latent": 0, "sft.latent_weight": 0,
+    "mismatch.ratio_max": 1, "mismatch.ratio_min": 0, "mismatch.probe_tokens": 0,
     "optim.lr": 0, "optim.weight_decay": 0, "optim.max_grad_norm": 0, "optim.warmup_ratio": 0,
     "update.tokens_per_microbatch": 1, "update.max_bad_steps": 1,
     "eval.every": 0, "eval.num_prompts": 0, "eval.num_samples": 0,
@@ -55,8 +56,8 @@ ABOVE = {
 
 AT_MOST = {
     # step and sample share 32 bits of the noise counter; the last step numbers are the parity probe's and evaluation's
-    "num_steps": 2**16 - 2, "group_size": 2**16, "seed": 2**63 - 1, "sampling.top_p": 1, "objective.clip_low": 1, "mismatch.ratio_min": 1, "sft.decay": 1,
-    "optim.warmup_ratio": 1,
+    "num_steps": 2**16 - 2, "group_size": 2**16, "seed": 2**63 - 1, "sampling.top_p": 1, "objective.clip_low": 1,
+    "mismatch.ratio_min": 1, "sft.decay": 1, "optim.warmup_ratio": 1,
 }
 
 
@@ -96,10 +97,13 @@ def _check_model(config: Config) -> None:
     _check("model.gradient_checkpointing", model.gradient_checkpointing, "true, false or selective",
            lambda value: value in (True, False, "selective"))
     if model.gradient_checkpointing == "selective":
-        # liger rotates queries and keys where they lie, by a kernel that torch does not see: what is stored would be rotated twice
-        for name, reason in (("compile", "cannot see into compiled blocks"), ("liger", "stores what liger's kernels overwrite")):
+        # liger rotates queries and keys where they lie, by a kernel that torch does not see: what is stored would be rotated
+        # twice
+        for name, reason in (("compile", "cannot see into compiled blocks"),
+                             ("liger", "stores what liger's kernels overwrite")):
             if getattr(model, name):
-                raise UserError(f"model.gradient_checkpointing: selective {reason}; wanted true or false with model.{name}=true")
+                raise UserError(f"model.gradient_checkpointing: selective {reason}; wanted true or false with "
+                                f"model.{name}=true")
 
 
 def _check_sampling(config: Config) -> None:

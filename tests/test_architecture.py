@@ -64,7 +64,8 @@ def texts(path: Path) -> set[str]:
     formatted = [node for node in nodes if isinstance(node, ast.JoinedStr)]
     skipped = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     skipped |= {id(part) for node in formatted for part in node.values}
-    plain = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped}
+    plain = {node.value for node in nodes
+             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped}
     return plain | {"".join(p.value if isinstance(p, ast.Constant) else "x" for p in node.values) for node in formatted}
 
 

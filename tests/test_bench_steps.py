@@ -42,7 +42,8 @@ def test_a_step_is_what_one_more_token_adds():
 
 
 @pytest.mark.parametrize("wait", [
-    lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.masked_select(x > 0),
+    lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.nonzero(), lambda x: x[x > 0],
+    lambda x: x.masked_select(x > 0),
     lambda x: x.index_put_((x > 0,), torch.zeros(()))])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])  # vLLM draws in the latter
 def test_whoever_waits_is_named(wait, mode):

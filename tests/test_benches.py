@@ -53,7 +53,8 @@ def test_a_rollout_that_is_stopped_keeps_what_it_measured(model, tmp_path, monke
 
     monkeypatch.setattr(rollout, "interleave", once)
     with pytest.raises(KeyboardInterrupt):
-        rollout.main(["--model", model, "--engine", "hf", "--mode", "discrete", "--batch", "4", "--rounds", "1", "--out", str(out)])
+        rollout.main(["--model", model, "--engine", "hf", "--mode", "discrete", "--batch", "4", "--rounds", "1",
+                      "--out", str(out)])
     assert [row["case"] for row in results.read(out)] == ["4x1 stops"]
 
 
@@ -217,7 +218,8 @@ def test_learning_tells_how_latents_began_and_ended_and_every_reward(tmp_path):
                                      "optim": {"lr": 2e-5}, "method": {"name": "latent_grpo", "delta": 0.0}}, [
         {"step": 0, "eval/accuracy": 0.6, "eval/thinking_length": 6.0} | accuracies[0],
         *({"step": i, "reward": reward, "time/step": 2.0} | latent for i, reward in enumerate(rewards, 1)),
-        {"step": 10, "eval/accuracy": 0.9, "eval/thinking_length": 6.5}, {"step": 10, "latent/effective_k": 1.5} | accuracies[1]])
+        {"step": 10, "eval/accuracy": 0.9, "eval/thinking_length": 6.5},
+        {"step": 10, "latent/effective_k": 1.5} | accuracies[1]])
     found = learning.result(run)
     facts = found.facts
     assert (found.case, found.variant) == ("latent_grpo_quickstart", "seed 0, 10 steps, optim.lr=2e-05")

@@ -46,7 +46,8 @@ def checkout(tmp_path):
         os.kill(int((tmp_path / "left-behind").read_text()), signal.SIGKILL)
 
 
-def ci(checkout: Path, *, tests: int = 0, train: int = 0, rewards=LEARNS, closing: str = CLOSING) -> subprocess.CompletedProcess:
+def ci(checkout: Path, *, tests: int = 0, train: int = 0, rewards=LEARNS,
+       closing: str = CLOSING) -> subprocess.CompletedProcess:
     (checkout / "Makefile").write_text(MAKEFILE.format(tests=tests, train=train, closing=closing))
     (checkout / "rewards.jsonl").write_text("".join(
         json.dumps({"step": step, "reward": reward}) + "\n" for step, reward in enumerate(rewards, start=1)))

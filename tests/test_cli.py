@@ -108,7 +108,8 @@ TRAIN = {
     "model.path=file": "model.path: file is a file",
     "model.path=no-template": "chat.template: no-template has no chat template",
     "sampling.max_new_tokens=2000 update.tokens_per_microbatch=4096":
-        "model.path: the model reads at most 2048 tokens; wanted chat.max_prompt_tokens=64 and sampling.max_new_tokens=2000 to add",
+        "model.path: the model reads at most 2048 tokens; wanted chat.max_prompt_tokens=64 and sampling.max_new_tokens=2000 "
+        "to add",
     # recipes, files, keys, members
     "grpo_quickstrat": "'grpo_quickstrat' is not a recipe, a path to a yaml file or key=value; did you mean ",
     "nowhere.yaml": "nowhere.yaml: no such file",

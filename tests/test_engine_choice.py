@@ -74,7 +74,8 @@ def test_a_named_engine_is_never_exchanged(name, monkeypatch):
     named = load_config(*WORDS, f"engine.name={name}")
     assert settled(named) == (named, None) and named.engine.name == name
     if name == "vllm":
-        with pytest.raises(UserError, match="engine.name: vllm is not installed; install it with `make vllm`, or use engine.name=hf"):
+        with pytest.raises(UserError, match="engine.name: vllm is not installed; install it with `make vllm`, or use "
+                                            "engine.name=hf"):
             Trainer(named)
 
 

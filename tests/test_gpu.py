@@ -61,7 +61,8 @@ def test_replay_on_the_device(recipe, dtype, device, model):
 @pytest.mark.parametrize("device", DEVICES)
 def test_replay_of_completions_cut_while_they_think_on_the_device(device, model):
     """Their last latents are read by nobody, and lie where a sibling's first one does if they are laid out."""
-    config = configured("hrpo_quickstart", model, device, "float32", "thinking.max_tokens=null", "thinking.force=null", "thinking.stop=[]")
+    config = configured("hrpo_quickstart", model, device, "float32", "thinking.max_tokens=null", "thinking.force=null",
+                        "thinking.stop=[]")
     policy, rollouts = drawn(config)
     assert sum(r.latent[-1] for r in rollouts) > 4
     assert gaps(policy, rollouts, config.sampling.temperature).max() <= FP32_TOLERANCE
@@ -94,7 +95,8 @@ def test_an_update_is_that_of_a_cpu(device, model):
     """Norm of the gradient of completions drawn where they are learnt from; on a CPU in microbatches instead of in one."""
     other = ("update.tokens_per_microbatch=200", "update.share_prompts=false") if device == "cpu" else ()
     norms = []
-    for config in (configured("hrpo_quickstart", model, "cpu", "float32"), configured("hrpo_quickstart", model, device, "float32", *other)):
+    for config in (configured("hrpo_quickstart", model, "cpu", "float32"),
+                   configured("hrpo_quickstart", model, device, "float32", *other)):
         groups = update.draw(config, build.tokenizer(config), 16)
         norms.append((float(update.our_update(config, groups, build.policy(config))()),
                       [r.token_ids for group in groups for r in group.rollouts]))

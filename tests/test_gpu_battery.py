@@ -77,7 +77,8 @@ def test_bad_arguments_are_a_sentence(words, said, tmp_path, capsys):
 
 def test_what_was_never_built_is_not_begun(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_parts.importlib.util, "find_spec", lambda name: None)
-    assert gpu_battery.main(["--device", "cpu", "--part", "train", "--store", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert gpu_battery.main(["--device", "cpu", "--part", "train", "--store", str(tmp_path),
+                             "--out", str(tmp_path / "out")]) == 2
     assert f"nothing is built in {tmp_path} yet; begin with --part build" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -129,7 +130,8 @@ def test_the_commands_for_a_gpu_exist(part, tmp_path, monkeypatch):
             assert path.is_file(), words
             if words[at].startswith("benches."):
                 options = {word for word in words[at:] if word.startswith("--")}
-                text = path.read_text() + (ROOT / "benches" / "setting.py").read_text() + (ROOT / "benches" / "results.py").read_text()
+                benches = ROOT / "benches"
+                text = path.read_text() + (benches / "setting.py").read_text() + (benches / "results.py").read_text()
                 assert [option for option in options if f'"{option}"' not in text and f'("{option[2:]}", ' not in text] == []
         for word in words:
             if word.startswith(("tests/", ".ci/")):
@@ -160,7 +162,8 @@ def step(code: str, limit_s: float = 60, **options) -> Step:
 
 def test_a_step_that_is_stopped_leaves_what_it_had_and_no_process(tmp_path):
     code = ("import subprocess, sys, time\nprint('had this')\n"
-            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\nprint(child.pid)\ntime.sleep(1000)")
+            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
+            "print(child.pid)\ntime.sleep(1000)")
     outcome = gpu_steps.run(step(code, 6), tmp_path, 100)
     assert outcome.status == STOPPED and outcome.lines[0] == "had this" and "had this" in (tmp_path / "log.txt").read_text()
     child = Path("/proc") / outcome.lines[1]
@@ -187,7 +190,8 @@ def test_what_became_of_a_step(tmp_path):
 
 
 def test_what_fails_is_tried_again_more_simply_and_what_is_killed_has_its_summary(tmp_path, monkeypatch, capsys):
-    for name in ("HF_HUB_OFFLINE", "PIP_NO_INDEX", "PIP_FIND_LINKS", "FASTLATENT_CACHE", "FASTLATENT_COMMIT", "CUDA_VISIBLE_DEVICES",
+    for name in ("HF_HUB_OFFLINE", "PIP_NO_INDEX", "PIP_FIND_LINKS", "FASTLATENT_CACHE", "FASTLATENT_COMMIT",
+                 "CUDA_VISIBLE_DEVICES",
                  "PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, "")  # put back afterwards
     monkeypatch.chdir(ROOT)
@@ -258,8 +262,10 @@ def test_needs_cover_what_the_project_requires(tmp_path, capsys):
 
 
 def test_outcomes_of_tests_are_read_off_pytest():
-    alone = ["tests/kernels/test_ops.py::test_x[op-torch.float32-cuda] PASSED [  1%]", "tests/test_gpu.py::test_y FAILED [ 50%]"]
-    several = ["[gw3] [ 10%] PASSED tests/kernels/test_ops.py::test_x[op-torch.bfloat16-cuda] ", "[gw0] [ 20%] ERROR tests/test_z.py::t "]
+    alone = ["tests/kernels/test_ops.py::test_x[op-torch.float32-cuda] PASSED [  1%]",
+             "tests/test_gpu.py::test_y FAILED [ 50%]"]
+    several = ["[gw3] [ 10%] PASSED tests/kernels/test_ops.py::test_x[op-torch.bfloat16-cuda] ",
+               "[gw0] [ 20%] ERROR tests/test_z.py::t "]
     found = gpu_battery.details([*alone, *several, "FAILED tests/test_gpu.py::test_y - AssertionError"])
     assert found["tests"] == {"float32 passed": 1, "other failed": 2, "bfloat16 passed": 1, "other error": 1}
     assert found["failed"] == ["tests/test_gpu.py::test_y", "tests/test_z.py::t"]
@@ -314,12 +320,14 @@ def test_an_update_of_a_given_length_has_it_and_needs_no_trl(tmp_path, monkeypat
 
 
 def test_the_summary_shows_the_newest_of_each_thing():
-    row = {"part": "tests", "step": "kernels", "status": "failed", "seconds": 3.2, "note": "a|b", "details": {"failed": ["x"] * 14},
+    row = {"part": "tests", "step": "kernels", "status": "failed", "seconds": 3.2, "note": "a|b",
+           "details": {"failed": ["x"] * 14},
            "device": "cuda", "commit": "0123456789abc", "time": "2026-11-21T10:00:00+00:00"}
     line = {"bench": "update", "case": "8 completions", "variant": "latent", "facts": {"model": "/a/b/qwen2.5-1.5b"},
             "metrics": {"rate_tok_s": 100.0, "wall_s": 2.0, "mfu_share": 0.417}, "versions": {"torch": "2.11"},
             "hardware": {"gpus": ["Some GPU"], "cpu": "c", "cores": 16}}
-    text = gpu_summary.summary([row | {"status": "stopped"}, row], [line | {"metrics": {"rate_tok_s": 1.0, "wall_s": 9.0}}, line])
+    text = gpu_summary.summary([row | {"status": "stopped"}, row],
+                               [line | {"metrics": {"rate_tok_s": 1.0, "wall_s": 9.0}}, line])
     assert "| tests | kernels | failed | 3 | a/b |" in text and "stopped" not in text
     assert "- and 2 more, see log.txt" in text and "commit 0123456789;" in text and "Some GPU, 16 cores; torch 2.11" in text
     assert "| qwen2.5-1.5b | 8 completions | latent | 100 | 2 |  | 41.7% |" in text and text.count("8 completions") == 1

@@ -19,7 +19,8 @@ def checked(*words: str) -> list[str]:
 
 
 def test_an_end_of_several_tokens_is_refused_and_named():
-    with pytest.raises(UserError, match=r"thinking.end: latent_grpo ends its latents with one token, and '</think>' is \d+ here: '<'"):
+    with pytest.raises(UserError, match=r"thinking.end: latent_grpo ends its latents with one token, and '</think>' is \d+ "
+                                        r"here: '<'"):
         checked("thinking.end=</think>")
     assert checked("thinking.end=a", "method.is_latent_init=true") == []
 
@@ -41,7 +42,8 @@ def test_an_export_of_latents_needs_no_word_of_them(tmp_path):
 
     mixtures, sft = {"name": "latent_grpo", "mixture_temperature": 1.0}, {"tokens_per_latent": 2}
     for method, imitated, is_init in (
-            (mixtures, sft, True), (mixtures, None, True), (mixtures, {"tokens_per_latent": 0}, False), ({"name": "grpo"}, None, False)):
+            (mixtures, sft, True), (mixtures, None, True), (mixtures, {"tokens_per_latent": 0}, False),
+            ({"name": "grpo"}, None, False)):
         assert warned(json.dumps({"config": {"method": method, "sft": imitated}})) == (not is_init)
     assert warned("{}") and warned("[") and warned('{"config": {"method": null}}')
 
@@ -72,7 +74,8 @@ def test_more_tokens_than_there_are_is_refused():
 
 def test_the_preset_is_what_was_published():
     config = SOFT_GRPO.Config()
-    assert (config.top_k, config.top_p, config.mixture_temperature, config.noise_low, config.noise_high) == (5, 0.95, 0.1, -1.5, 3.0)
+    assert (config.top_k, config.top_p, config.mixture_temperature) == (5, 0.95, 0.1)
+    assert (config.noise_low, config.noise_high) == (-1.5, 3.0)
     assert config.candidates == "renormalised" and not config.one_sided and config.clamp_density
     assert config.logprob_floor == -3.0 and config.noise_scale == 1.0
     assert replace(config, name="x") != config

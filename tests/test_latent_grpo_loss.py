@@ -99,7 +99,8 @@ def test_the_gradient_of_the_loss_is_that_of_the_formula_in_float64(method):
 
 def test_a_frozen_embedding_gets_no_gradient_and_a_free_one_gets_that_of_its_mixtures():
     frozen = policy_of(LATENT_GRPO)
-    free = Policy(tiny.model(), ModelConfig(path="tiny", dtype="float32"), LATENT_GRPO, LATENT_GRPO.Config(), has_reference=False)
+    free = Policy(tiny.model(), ModelConfig(path="tiny", dtype="float32"), LATENT_GRPO, LATENT_GRPO.Config(),
+                  has_reference=False)
     rollouts = rollouts_of(frozen)
     for policy in (frozen, free):
         policy.method.loss(policy, batch_of(policy, rollouts), 0.8, ObjectiveConfig()).value.backward()

@@ -494,7 +494,8 @@ def test_a_failing_engine_leaves_the_last_whole_step_and_one_sentence(
 
 
 @pytest.mark.parametrize("doing, saved_at", [("taking the weights of step 1", 1), ("taking its memory again", 2)])
-def test_an_engine_that_fails_between_two_draws_leaves_the_last_whole_step(run, whole, monkeypatch, capsys, tmp_path, doing, saved_at):
+def test_an_engine_that_fails_between_two_draws_leaves_the_last_whole_step(
+        run, whole, monkeypatch, capsys, tmp_path, doing, saved_at):
     load, calls, out = HFEngine.load_weights, [], tmp_path / "failing"
 
     def failing_load(self, tensors, version):
@@ -514,7 +515,8 @@ def test_an_engine_that_fails_between_two_draws_leaves_the_last_whole_step(run, 
         patch.setattr(HFEngine, "released", failing_released)
         assert train.main([*WORDS, f"out={out}", "mismatch.probe_tokens=0"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"error: the engine failed while {doing}: RuntimeError: CUDA error: out of memory; ") and err.count("\n") == 1
+    assert err.startswith(f"error: the engine failed while {doing}: RuntimeError: CUDA error: out of memory; ")
+    assert err.count("\n") == 1
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{saved_at:06d}"]
     resumed = outcome(run("failing", "mismatch.probe_tokens=0", "resume=auto"))[1]
     assert all(torch.equal(tensor, whole[1][name]) for name, tensor in resumed.items())

@@ -13,7 +13,8 @@ from fastlatent.config import load_config
 from fastlatent.optim import Optimizer
 
 WORDS = ["hrpo_quickstart", "num_steps=10", "objective.num_epochs=1", "objective.num_minibatches=1", "optim.lr=1e-3",
-         "optim.weight_decay=0.02", "optim.betas=[0.8,0.9]", "optim.eps=1e-6", "optim.max_grad_norm=0", "optim.schedule=constant",
+         "optim.weight_decay=0.02", "optim.betas=[0.8,0.9]", "optim.eps=1e-6", "optim.max_grad_norm=0",
+         "optim.schedule=constant",
          "optim.warmup_ratio=0", "method.lr_gate=3e-4", "method.lr_lambda=5e-3", "method.weight_decay=0.1"]
 
 
@@ -66,7 +67,8 @@ def test_gradients_are_scaled_to_the_largest_norm_and_their_own_is_told():
         norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
         assert float(ours.clip()) == pytest.approx(norm, rel=1e-5) and norm > 1
         for name, parameter in ours.parameters.items():
-            assert torch.allclose(parameter.grad.double(), grads[name] * (scale / norm if scale else 1), rtol=1e-4, atol=1e-9), name
+            wanted = grads[name] * (scale / norm if scale else 1)
+            assert torch.allclose(parameter.grad.double(), wanted, rtol=1e-4, atol=1e-9), name
 
 
 def test_a_bad_step_moves_neither_weights_nor_moments_and_the_schedule_goes_on():
@@ -104,7 +106,8 @@ def test_a_schedule_by_name_scales_every_rate(name):
     initial = [rates(names[0])[0] for names in ours.group_names]
     assert len(set(initial)) == 3
     for step in range(10):
-        assert [group["lr"] for group in ours.adamw.param_groups] == pytest.approx([SCHEDULES[name](step) * lr for lr in initial])
+        wanted = [SCHEDULES[name](step) * lr for lr in initial]
+        assert [group["lr"] for group in ours.adamw.param_groups] == pytest.approx(wanted)
         give_gradients(ours, step)
         ours.step(torch.tensor(False))
 

@@ -76,7 +76,8 @@ class Written(TorchDispatchMode):
 
 @pytest.mark.parametrize("share", [False, True])
 def test_a_record_lies_where_its_token_is_read_and_nowhere_else(policy, share):
-    """Completions cut while they think: nobody reads the latent of their last token, and behind it comes the next one's first."""
+    """Completions cut while they think: nobody reads the latent of their last token, and behind it comes the next one's
+    first."""
     drawn = tiny.engine(policy, ThinkingConfig(end="####"), AnswerConfig()).generate(
         tiny.requests(tiny.prompts([3, 5]), 4), Sampling(temperature=0.8, max_new_tokens=6))
     assert sum(r.latent[-1] for r in drawn) > 5

@@ -204,7 +204,8 @@ def test_masters_are_float32_and_a_bfloat16_base_under_adapters_is_not():
 def test_the_fused_loss_is_the_surrogate_of_the_scores():
     policy = tiny.policy("hrpo", is_tied=True)
     batch = packed(rollouts(policy), share_prompts=True)
-    batch.old_logprob_A = batch.behaviour_logprob_A + 0.3 * torch.randn(len(batch.target_A), generator=torch.Generator().manual_seed(0))
+    noise_A = torch.randn(len(batch.target_A), generator=torch.Generator().manual_seed(0))
+    batch.old_logprob_A = batch.behaviour_logprob_A + 0.3 * noise_A
     objective, results = ObjectiveConfig(entropy_coef=0.1, dual_clip=3.0), []
     for loss in (policy.loss(batch, 0.8, objective), surrogate(policy.score(batch, 0.8), batch, objective)):
         policy.zero_grad()

@@ -128,8 +128,10 @@ def test_a_graph_that_nsys_recorded_whole_is_work_like_a_kernel(tmp_path):
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE CUPTI_ACTIVITY_KIND_GRAPH_TRACE (start INT, end INT, deviceId INT, contextId INT,"
                          " greenContextId INT, streamId INT, correlationId INT, globalPid INT, graphId INT, graphExecId INT)")
-        database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_GRAPH_TRACE VALUES (31000000, 36000000, 0, 1, NULL, 7, 99, ?, 1, 2)", (pid,))
-        database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (29000000, 29500000, 0, ?, 99, 3, 0, NULL)", (pid | MAIN,))
+        database.execute(
+            "INSERT INTO CUPTI_ACTIVITY_KIND_GRAPH_TRACE VALUES (31000000, 36000000, 0, 1, NULL, 7, 99, ?, 1, 2)", (pid,))
+        database.execute(
+            "INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (29000000, 29500000, 0, ?, 99, 3, 0, NULL)", (pid | MAIN,))
     decode = rows_of(read_nsys(path))[2]
     # 12 to 30, 31 to 36 and 36 to 38 ms
     assert in_ms(decode) == ("rollout/decode", 2, 34, 26, 25, 1, None)

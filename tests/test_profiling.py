@@ -155,7 +155,8 @@ def test_what_begins_while_a_span_is_open_ends_with_its_own_ranges():
     with span("rollout"):
         pass
     assert set(timings()) == {"step", "update", "score_old", "rollout"}
-    assert "update" in {event.name for event in profile.events()} and "rollout" not in {event.name for event in profile.events()}
+    names = {event.name for event in profile.events()}
+    assert "update" in names and "rollout" not in names
     assert "step" not in {event.name for event in profile.events()}
 
 
@@ -220,7 +221,8 @@ def test_nvtx_ranges_have_a_domain_of_their_own_and_counts_as_payloads(monkeypat
             with span("rollout", tokens=80), span("rollout/decode") as drawing:
                 drawing.tokens = 7
                 1 / 0
-    once = [("push", "rollout", 80), ("push", "rollout/decode", None), ("mark", "tokens", 7), "pop", ("mark", "tokens", 80), "pop"]
+    once = [("push", "rollout", 80), ("push", "rollout/decode", None), ("mark", "tokens", 7), "pop",
+            ("mark", "tokens", 80), "pop"]
     assert asked_for == ["fastlatent"] and domain.events == (2 * once if listens else [])
 
 

@@ -60,7 +60,8 @@ def test_a_long_table_is_folded_whole():
 
 
 def test_the_newest_line_of_a_machine_counts():
-    newer = LINE | {"metrics": {"wall_s": 7.0}, "spread": {"wall_s": [7.0, 7.0]}, "git": None, "time": "2026-11-21T10:00:00+00:00"}
+    newer = LINE | {"metrics": {"wall_s": 7.0}, "spread": {"wall_s": [7.0, 7.0]}, "git": None,
+                    "time": "2026-11-21T10:00:00+00:00"}
     elsewhere = newer | {"hardware": {"cpu": "Other CPU", "cores": 64, "gpus": []}}
     for lines in ([LINE, newer, elsewhere], [elsewhere, newer, LINE]):
         text = readme.generated(lines)
@@ -118,7 +119,8 @@ def test_a_gpu_path_that_ran_has_a_baseline_of_that_gpu(tmp_path):
             ({"baseline": "some-cpu-2-cores.jsonl"}, "some-cpu-2-cores.jsonl was not measured on NVIDIA H200"),
             ({"where": "NVIDIA H100"}, "1x-nvidia-h200.jsonl was not measured on NVIDIA H100"),
             ({"state": "works"}, "state 'works' is not one of never run, built, ran, measured"),
-            ({"when": ""}, "'measured' wants where and when"), ({"state": "built", "where": ""}, "'built' wants where and when"),
+            ({"when": ""}, "'measured' wants where and when"),
+            ({"state": "built", "where": ""}, "'built' wants where and when"),
             ({"state": "never run"}, "never run has no place and time"), ({"status": "x"}, "not a status")):
         with pytest.raises(UserError, match=f"^status.jsonl, line 1: .*{re.escape(said)}"):
             status(tmp_path, **changes)

@@ -89,7 +89,8 @@ SOFT_GRPO = {
 }
 SOFT_GRPO_INFERRED = {path: LATENT_GRPO[path] for path in (
     "model.dtype", "model.freeze_embedding", "sampling.temperature", "sampling.top_k", "sampling.top_p",
-    "objective.advantage_eps", "objective.normalizer", "objective.clip_low", "objective.clip_high", "objective.dual_clip", "objective.entropy_coef",
+    "objective.advantage_eps", "objective.normalizer", "objective.clip_low", "objective.clip_high", "objective.dual_clip",
+    "objective.entropy_coef",
     "objective.score_temperature", "optim.weight_decay", "optim.schedule", "optim.max_grad_norm", "rewards")} | {
     "objective.num_epochs": 1, "objective.filter_zero_variance": False, "model.lora": None, "thinking.max_tokens": None}
 STATED = {"latent_grpo_gsm8k": (LATENT_GRPO, LATENT_GRPO_INFERRED), "soft_grpo_math": (SOFT_GRPO, SOFT_GRPO_INFERRED)}

@@ -1,4 +1,5 @@
-"""The law: replaying a rollout under the weights that sampled it gives back its log-probabilities, and every planted fault shows."""
+"""The law: replaying a rollout under the weights that sampled it gives back its log-probabilities, and every planted fault
+shows."""
 
 from __future__ import annotations
 

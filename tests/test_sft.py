@@ -348,9 +348,12 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(folder, monkeypatch, kind)
 
 BAD = {
     "data.train=no-chain.jsonl": "no-chain.jsonl, line 17: column 'chain': wanted the chain of thought, and there is no such",
-    "data.train=empty.jsonl": "empty.jsonl, line 17: column 'chain': wanted the chain of thought, a text or a list of texts, got ' '",
-    "data.train=none.jsonl": "none.jsonl, line 17: column 'chain': wanted the chain of thought, a text or a list of texts, got []",
-    "data.train=number.jsonl": "number.jsonl, line 17: column 'chain': wanted the chain of thought, a text or a list of texts, got 42",
+    "data.train=empty.jsonl":
+        "empty.jsonl, line 17: column 'chain': wanted the chain of thought, a text or a list of texts, got ' '",
+    "data.train=none.jsonl":
+        "none.jsonl, line 17: column 'chain': wanted the chain of thought, a text or a list of texts, got []",
+    "data.train=number.jsonl":
+        "number.jsonl, line 17: column 'chain': wanted the chain of thought, a text or a list of texts, got 42",
     "data.train=end.jsonl": "end.jsonl, line 17: column 'chain' holds thinking.end=' ####'",
     "data.train=long.jsonl": "long.jsonl, line 17: its demonstration has ",
     "sft.tokens_per_latent=5": "sft.tokens_per_latent: a mixture of 5 tokens is more than method.top_k=4",

@@ -1,4 +1,5 @@
-"""An update of several optimizer steps against the papers' formulas in float64: what is fixed between them, and what divides them."""
+"""An update of several optimizer steps against the papers' formulas in float64: what is fixed between them, and what
+divides them."""
 
 from __future__ import annotations
 

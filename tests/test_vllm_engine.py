@@ -187,7 +187,8 @@ def test_attention_with_blocks_of_16_is_float64_s(head_size, dtype):
         query_start_loc=start, causal=True, sliding_window_size=-1, isa="vec16", enable_kv_split=True)
     query = torch.cat([q for q, _, _ in texts])
     out = torch.empty_like(query)
-    ops.cpu_attention_with_kv_cache(query, keys, values, out, start, seq_lens, head_size**-0.5, True, None, -1, blocks, 0, plan, None)
+    ops.cpu_attention_with_kv_cache(query, keys, values, out, start, seq_lens, head_size**-0.5, True, None, -1, blocks, 0,
+                                        plan, None)
     wanted = []
     for q, k, v in texts:
         q, k, v = (x.double().transpose(0, 1) for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
@@ -279,7 +280,8 @@ def test_what_it_plans_to_hold_is_what_it_holds():
     engine = plain_engine()
     planned = engine.planned_bytes(1000, 256, SAMPLING)
     engine.generate(requests([3], 1), SAMPLING)
-    assert planned["record"] == engine.slots.size_bytes > 17 * 22 * 64 * 4  # a float32 mixture at each place of 16 slots and one
+    # a float32 mixture at each place of 16 slots and one
+    assert planned["record"] == engine.slots.size_bytes > 17 * 22 * 64 * 4
     assert 0 < planned["keys and values"] <= 0.05 * 2**30
     assert planned["weights"] >= sum(tensor.nbytes for _, tensor in policy().published())
 
@@ -345,7 +347,8 @@ def test_the_norm_rounds_no_worse_than_the_one_it_replaces(dtype):
 
     def check(ours, native, read):
         exact = read.double() * torch.rsqrt(read.double().square().mean(-1, keepdim=True) + 1e-5) * weight.double()
-        allowed = 2 * (native - exact).abs().max() + (torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps) * exact.abs().max()
+        eps = torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps
+        allowed = 2 * (native - exact).abs().max() + eps * exact.abs().max()
         assert (ours - exact).abs().max() <= allowed
         assert (ours - exact).abs().max() > 0 and (x - exact).abs().max() > 5 * allowed
 
@@ -466,7 +469,8 @@ def test_heads_that_it_cannot_attend_with_are_named():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
-    with pytest.raises(UserError, match="engine.name: vllm attends on a CPU with heads of 32, .* and this model's have 16, or use"):
+    with pytest.raises(UserError, match="engine.name: vllm attends on a CPU with heads of 32, .* and this model's have 16, "
+                                        "or use"):
         VLLMEngine.check(VLLMEngine.Config(), tiny.policy("grpo").base.config, CPU)
 
 
@@ -488,7 +492,8 @@ def test_too_little_memory_is_one_sentence():
 
 
 def test_what_vllm_says_of_an_option_is_said():
-    with pytest.raises(UserError, match=r"vllm did not start: User-specified max_model_len \(5022\) is greater than .*engine.name=hf$"):
+    with pytest.raises(UserError, match=r"vllm did not start: User-specified max_model_len \(5022\) is greater than .*"
+                                        "engine.name=hf$"):
         start(policy(), max_prompt=5000)
 
 
@@ -505,5 +510,6 @@ def test_a_wrong_option_is_named_before_a_model_is_loaded(words, sentence):
 
 
 def test_blocks_that_it_cannot_attend_with_are_named_before_a_model_is_loaded():
-    with pytest.raises(UserError, match="engine.name: vllm wants engine.block_size to be a multiple of 16 on a CPU, or of 32 on some, and got 7"):
+    with pytest.raises(UserError, match="engine.name: vllm wants engine.block_size to be a multiple of 16 on a CPU, or of 32 "
+                                        "on some, and got 7"):
         VLLMEngine.check(VLLMEngine.Config(block_size=7), policy().base.config, CPU)

@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="the CPU build
 @functools.cache
 def story() -> dict:
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, here / "vllm_v2_story.py"], capture_output=True, text=True, timeout=600, cwd=here.parent,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(here.parent / "kernels")])})
+    path = os.pathsep.join([str(here), str(here.parent), str(here.parent / "kernels")])
+    done = subprocess.run([sys.executable, here / "vllm_v2_story.py"], capture_output=True, text=True, timeout=600,
+                          cwd=here.parent, env=os.environ | {"PYTHONPATH": path})
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -58,7 +58,8 @@ def python(wheel, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory) -> dict[str, str]:
     """No variable that leads back to the checkout, no cached model, and proxies where nobody listens."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "FASTLATENT", "VIRTUAL"))}
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith(("PYTHON", "PYTEST", "FASTLATENT", "VIRTUAL"))}
     return kept | {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "FASTLATENT_CACHE": str(tmp_path_factory.mktemp("cache")),
                    "OMP_NUM_THREADS": "1"} | dict.fromkeys(["http_proxy", "https_proxy", "ALL_PROXY"], "http://127.0.0.1:9")
 

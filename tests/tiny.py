@@ -22,7 +22,8 @@ from fastlatent.types import Prompt, Request
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM),
             "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 TEXT = ["Tom has 12 apples and buys 30 more.", "How many apples does Tom have now? #### 42\n", "5 + 7 = 12 #### 12\n\n"]
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 @functools.cache
@@ -64,8 +65,8 @@ def save(folder: Path, family: str = "qwen2", **options) -> Path:
 
 def prompts(lengths: list[int], first_id: int = 0) -> list[Prompt]:
     generator = torch.Generator().manual_seed(5)
-    return [Prompt(first_id + i, f"prompt {i}", tuple(torch.randint(4, len(tokenizer()), (n,), generator=generator).tolist()), "1")
-            for i, n in enumerate(lengths)]
+    drawn = [torch.randint(4, len(tokenizer()), (n,), generator=generator).tolist() for n in lengths]
+    return [Prompt(first_id + i, f"prompt {i}", tuple(token_ids), "1") for i, token_ids in enumerate(drawn)]
 
 
 def requests(prompts_: list[Prompt], group_size: int, step: int = 0) -> list[Request]:

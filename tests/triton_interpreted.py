@@ -1,4 +1,5 @@
-"""Triton's interpreter as a backend for CPUs, so that vLLM's second model runner, whose kernels are Triton's, runs without a GPU.
+"""Triton's interpreter as a backend for CPUs, so that vLLM's second model runner, whose kernels are Triton's, runs without a
+GPU.
 
 Import before vllm, in a process of its own.
 """

@@ -1,4 +1,5 @@
-"""What tests/test_vllm_v2.py runs in a process of its own: one engine on vLLM's second model runner, and what came of it as JSON."""
+"""What tests/test_vllm_v2.py runs in a process of its own: one engine on vLLM's second model runner, and what came of it as
+JSON."""
 
 from __future__ import annotations
 

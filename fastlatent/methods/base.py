@@ -1,8 +1,8 @@
 """What a training method is: what an engine calls of it, and what the trainer calls.
 
 A method says what is drawn at a decode step (`draw`) and what becomes of it (`decide`), what has to be remembered of it
-(`record_spec`), how an input is made from what was remembered (`embed`), and what is learnt (`advantages`, `score`, `loss`). The
-defaults are token-only GRPO.
+(`record_spec`), how an input is made from what was remembered (`embed`), and what is learnt (`advantages`, `score`, `loss`).
+The defaults are token-only GRPO.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ class Method(nn.Module):
         return policy.reference_logprob(batch, temperature)
 
     def loss(self, policy, batch: Batch, temperature: float, objective: ObjectiveConfig) -> Loss:
-        """The loss of a microbatch: the surrogate on the log-probabilities of `score`, here fused with the head that makes them.
+        """The loss of a microbatch: the surrogate on the log-probabilities of `score`, here fused with the head that makes
+        them.
 
         A method that scores something else overrides both, this one with `objectives.surrogate(self.score(...), ...)`.
         """

@@ -1,6 +1,7 @@
 """GRPO (arXiv:2402.03300): token-only group-relative policy optimisation; every variant of it is objective config.
 
-DAPO: objective.normalizer=token_mean, clip_high=0.28, filter_zero_variance=true. Dr.GRPO: normalizer=constant, advantage=mean_only.
+DAPO: objective.normalizer=token_mean, clip_high=0.28, filter_zero_variance=true. Dr.GRPO: normalizer=constant,
+advantage=mean_only.
 Deviation from the paper: one optimizer step per rollout by default, so the ratio is 1 and nothing is clipped.
 """
 

@@ -135,7 +135,8 @@ class LatentGRPO(Method):
         return config.top_k
 
     def mixture_record(self, ids_NK: Tensor, weights_NK: Tensor, seed: Tensor, counter_N3: Tensor, noise: bool) -> Record:
-        return {"ids": ids_NK.int(), "score": gumbel_mixture.scores_of(self.config, ids_NK, weights_NK, seed, counter_N3, noise)}
+        score_NK = gumbel_mixture.scores_of(self.config, ids_NK, weights_NK, seed, counter_N3, noise)
+        return {"ids": ids_NK.int(), "score": score_NK}
 
     # ---- learning ------------------------------------------------------------------------------------------------------
 

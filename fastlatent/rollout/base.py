@@ -41,7 +41,8 @@ class EngineParts:
 
 
 class RolloutEngine(Protocol):
-    """Draws completions. It knows no method by name: it calls record_spec, start, draw, decide and embed of whatever it was given."""
+    """Draws completions. It knows no method by name: it calls record_spec, start, draw, decide and embed of whatever it was
+    given."""
 
     capabilities: frozenset[Capability]
     method: Method  # the engine's own instance; its weights arrive through load_weights under `method.`
@@ -70,5 +71,5 @@ def match(method: type[Method], engine_name: str, capabilities: frozenset[Capabi
     """Raise UserError unless the engine offers everything the method needs."""
     if missing := method.needs - capabilities:
         raise UserError(
-            f"method {getattr(method, 'name', method.__name__)!r} needs {', '.join(sorted(c.value for c in missing))}; engine {engine_name!r} offers "
-            f"{', '.join(sorted(c.value for c in capabilities))}")
+            f"method {getattr(method, 'name', method.__name__)!r} needs {', '.join(sorted(c.value for c in missing))}; "
+            f"engine {engine_name!r} offers {', '.join(sorted(c.value for c in capabilities))}")

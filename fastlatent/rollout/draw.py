@@ -1,4 +1,5 @@
-"""What every engine does once it has hidden states: draw a token of each row, let the method decide, write down what happened."""
+"""What every engine does once it has hidden states: draw a token of each row, let the method decide, write down what
+happened."""
 
 from __future__ import annotations
 

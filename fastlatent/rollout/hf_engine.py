@@ -137,7 +137,8 @@ class HFEngine:
         cache = attention.KVCache(self.model.config, rows, self._room(max_prompt, longest), self.dtype, meta)
         spec = self.method.record_spec(self.model.config.hidden_size, sampling)
         weights = [*self.model.parameters(), *self.method.parameters(), *(layer.weight for layer in self.packed_layers)]
-        return {"weights": sum(w.nbytes for w in weights), "keys and values": sum(x.nbytes for x in (*cache.keys, *cache.values)),
+        return {"weights": sum(w.nbytes for w in weights),
+                "keys and values": sum(x.nbytes for x in (*cache.keys, *cache.values)),
                 "record": Buffers(rows, longest, spec, meta).size_bytes}
 
     # ---- generation ----------------------------------------------------------------------------------------------------

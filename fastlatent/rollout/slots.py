@@ -77,7 +77,8 @@ class Slots:
         self.counter_S2[slot, 0] = request.prompt.id
         self.counter_S2[slot, 1] = (request.step << 16) + request.sample
         self.key_S[slot] = key
-        for state, fresh in ((self.span_state, self.span.start(1, self.device)), (self.state, self.method.start(1, self.device))):
+        for state, fresh in ((self.span_state, self.span.start(1, self.device)),
+                             (self.state, self.method.start(1, self.device))):
             for name, column in state.items():
                 column[slot] = fresh[name][0]
         self.buffers.length[slot] = 0
@@ -108,7 +109,8 @@ class Slots:
     # ---- a step --------------------------------------------------------------------------------------------------------
 
     def inputs(self, token_ids_T: Tensor, slot_T: Tensor, time_T: Tensor) -> Tensor:
-        """Model inputs [T, D]: completion token `time_T` of each slot as it was drawn, or a prompt's token where that is negative."""
+        """Model inputs [T, D]: completion token `time_T` of each slot as it was drawn, or a prompt's token where that is
+        negative."""
         is_drawn_T, place_T, buffers = time_T >= 0, time_T.clamp(min=0), self.buffers
         read_T = torch.where(is_drawn_T, buffers.read[slot_T, place_T], token_ids_T)
         record_T = {name: column[slot_T, place_T] for name, column in buffers.record.items()}

@@ -44,5 +44,6 @@ def _takes(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int 
             and x.is_cpu)
 
 
-def _takes_residual(x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
+def _takes_residual(x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float,
+                    variance_size: int | None = None) -> bool:
     return _takes(x, weight, epsilon, variance_size) and x_residual.is_contiguous()

@@ -1,5 +1,5 @@
-"""vLLM's own model classes, one subclass a family: the head is left to the engine, which draws tokens by the noise contract. On a
-CPU their layers are run by `cpu_forward`."""
+"""vLLM's own model classes, one subclass a family: the head is left to the engine, which draws tokens by the noise contract. On
+a CPU their layers are run by `cpu_forward`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def register_models() -> None:
 
     for family, name in FAMILIES.items():
         base = getattr(importlib.import_module(f"vllm.model_executor.models.{family}"), name)
-        members = {"compute_logits": compute_logits, "get_model_state_cls": staticmethod(get_model_state_cls), "__module__": __name__}
+        members = {"compute_logits": compute_logits, "get_model_state_cls": staticmethod(get_model_state_cls),
+                   "__module__": __name__}
         if current_platform.is_cpu():
             from fastlatent.vllm_plugin.cpu_forward import forward_of
 

@@ -1,4 +1,5 @@
-"""What this project stands on in vLLM, checked before anything is loaded: package, platform, version, and every name we override."""
+"""What this project stands on in vLLM, checked before anything is loaded: package, platform, version, and every name we
+override."""
 
 from __future__ import annotations
 

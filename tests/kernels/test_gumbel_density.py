@@ -18,7 +18,8 @@ def slopes(**options) -> torch.Tensor:
 
 
 def test_the_density_is_the_mean_of_three_gumbel_densities():
-    # -d - exp(-d): d = 0 gives -1, 1 gives -1.36788, 4.5 gives -4.51111, -1 gives -1.71828, 0.5 gives -1.10653, 2 gives -2.13534
+    # -d - exp(-d): d = 0 gives -1, 1 gives -1.36788, 4.5 gives -4.51111, -1 gives -1.71828, 0.5 gives -1.10653, 2 gives
+    # -2.13534
     wanted = torch.tensor([(-1 - 1.3678794 - 4.5111090) / 3, (-1.7182818 - 1.1065307 - 2.1353353) / 3], dtype=torch.float64)
     torch.testing.assert_close(gumbel_log_density(SCORE, LOGPROB), wanted, atol=1e-7, rtol=0)
     gumbel = torch.distributions.Gumbel(torch.zeros((), dtype=torch.float64), 1.0)

@@ -246,12 +246,13 @@ def inside(folder, monkeypatch):
 
 def test_imitation_learns_latents_and_reasoning_goes_on_from_it(inside, capsys):
     """A text model, its latent SFT, the export of that, and Latent-GRPO on it."""
-    trainer = SftTrainer(load_config(*LATENT, *ROWS, "out=run", "num_steps=60", "optim.lr=2e-3", "data.held_out_size=8"))
+    trainer = SftTrainer(load_config(*LATENT, *ROWS, "out=run", "num_steps=60", "optim.lr=2e-3", "data.held_out_size=8",
+                                     "model.freeze_embedding=false"))
     run = trainer.run()
     steps = [row for row in read(run / "metrics.jsonl") if "sft/loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 61))
     assert steps[-1]["sft/token_loss"] < 0.3 * steps[0]["sft/token_loss"]
-    assert steps[-1]["sft/latent_kl"] < 0.5 * steps[0]["sft/latent_kl"]
+    assert steps[-1]["sft/latent_kl"] < 0.3 * steps[0]["sft/latent_kl"]
     ablations = [row for row in read(run / "metrics.jsonl") if "eval/accuracy_latents_off" in row]
     assert len(ablations) == 1 and 1 < ablations[0]["latent/effective_k"] <= 4
     told = capsys.readouterr().out

@@ -85,7 +85,8 @@ def test_functions_keep_their_relative_precision(name, low, high):
              "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x))}[name](x.double())
     # exp of an argument near 80 has a relative error of 80 roundings of that argument; a GPU's is the exp2 of the rounded
     # product with a rounded log2(e), which comes to 3.7e-6 at these arguments
-    assert ((out.double() - exact).abs() / exact.abs().clamp(min=1e-30)).max() < 5e-6
+    bound = 3e-6 if DEVICE == "cpu" else 5e-6
+    assert ((out.double() - exact).abs() / exact.abs().clamp(min=1e-30)).max() < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])

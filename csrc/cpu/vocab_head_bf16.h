@@ -206,8 +206,10 @@ struct OneStream {
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
-void head_logits_bf16(const VocabHeadBf16& args) {
-  const OneStream stream{args};
+// Lays the rows out, then calls `run` for every split and group, with the split that its thread will probably take next.
+template <class Run>
+static void run_tasks(const OneStream& stream, Run run) {
+  const VocabHeadBf16& args = stream.args;
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(args.threads)
 #endif
@@ -216,20 +218,17 @@ void head_logits_bf16(const VocabHeadBf16& args) {
 #pragma omp parallel for schedule(dynamic) num_threads(args.threads)
 #endif
   for (int64_t task = 0; task < stream.splits * stream.groups; task++)
-    stream.run_logits(task / stream.groups, task % stream.groups, (task + args.threads) / stream.groups);
+    run(task / stream.groups, task % stream.groups, (task + args.threads) / stream.groups);
+}
+
+void head_logits_bf16(const VocabHeadBf16& args) {
+  const OneStream stream{args};
+  run_tasks(stream, [&](int64_t split, int64_t group, int64_t next) { stream.run_logits(split, group, next); });
 }
 
 void vocab_head_bf16(const VocabHeadBf16& args) {
   const OneStream stream{args};
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(args.threads)
-#endif
-  for (int64_t quad = 0; quad < args.quads(args.rows); quad++) stream.pack(quad);
-#ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic) num_threads(args.threads)
-#endif
-  for (int64_t task = 0; task < stream.splits * stream.groups; task++)
-    stream.run(task / stream.groups, task % stream.groups, (task + args.threads) / stream.groups);
+  run_tasks(stream, [&](int64_t split, int64_t group, int64_t next) { stream.run(split, group, next); });
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(args.threads)
 #endif

@@ -1,8 +1,9 @@
-"""A microbatch that can be split in two where memory runs out, and the error where that is not enough."""
+"""A microbatch that can be split in two where memory runs out, forward passes over many that do it, and the error where that is
+not enough."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -34,16 +35,20 @@ class Microbatch:
     def of(cls, items: Sequence[Item], device: torch.device, share_prompts: bool) -> Microbatch:
         return cls(items, pack(items, device, share_prompts), share_prompts)
 
-    def halves(self, config: UpdateConfig) -> tuple[Microbatch, Microbatch]:
+    def halves(self, config: UpdateConfig, phase: str = "update") -> tuple[Microbatch, Microbatch]:
         """The same completions in two batches of about as many tokens, their weights and log-probabilities as they are now.
 
-        OutOfMemory where this is a half already, or a single completion.
+        OutOfMemory, which names the `phase`, where this is a half already, or a single completion.
         """
         if self.is_half or len(self.items) < 2:
+            # nothing is kept for a backward pass but in the update
+            recompute = ", model.gradient_checkpointing=true" if phase == "update" else ""
             raise OutOfMemory(
-                f"update: out of memory for {self.batch.num_tokens} packed tokens, "
+                f"{phase}: out of memory for {self.batch.num_tokens} packed tokens, "
                 f"{'half of a microbatch' if self.is_half else 'a single completion'}; wanted update.tokens_per_microbatch "
-                f"below {config.tokens_per_microbatch}, model.gradient_checkpointing=true or a smaller sampling.max_new_tokens")
+                f"below {config.tokens_per_microbatch}{recompute} or a smaller sampling.max_new_tokens")
+        if self.batch.score_A.is_cuda:
+            torch.cuda.empty_cache()  # of what was left of the pass that failed
         read = list(accumulate(item.num_inputs for item in self.items))
         cut = min(range(1, len(self.items)), key=lambda cut: abs(2 * read[cut - 1] - read[-1]))
         num_scored = sum(item.num_actions for item in self.items[:cut])
@@ -57,3 +62,27 @@ class Microbatch:
                 setattr(out.batch, name, column_A[rows])
         out.is_half = True
         return out
+
+
+def read_each(parts: list[Microbatch], read: Callable[[Batch], None], config: UpdateConfig, phase: str) -> int:
+    """Call `read`, a forward pass without gradient, with each batch; how many of them had to be split.
+
+    A microbatch for which memory runs out makes way for its halves in `parts`, as what learns from it needs more still;
+    OutOfMemory where it was split before, or cannot be.
+    """
+    num_splits = index = 0
+    while index < len(parts):
+        if _fits(parts[index].batch, read):
+            index += 1
+        else:
+            parts[index : index + 1] = parts[index].halves(config, phase)
+            num_splits += 1
+    return num_splits
+
+
+def _fits(batch: Batch, read: Callable[[Batch], None]) -> bool:
+    try:
+        read(batch)
+    except torch.OutOfMemoryError:
+        return False  # with the error go its frames, which hold the activations
+    return True

@@ -5,7 +5,7 @@ Nothing here waits for the device: sums stay tensors until the step is over, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlatent import mfu, mismatch, objectives
 from fastlatent.methods.base import Method
-from fastlatent.microbatch import Microbatch, OutOfMemory
+from fastlatent.microbatch import Microbatch, OutOfMemory, read_each
 from fastlatent.mismatch import Gap
 from fastlatent.optim import Optimizer
 from fastlatent.packing import Item, microbatches
@@ -86,10 +86,10 @@ class Updater:
         minibatches = self._minibatches(groups)
         if objective.num_epochs * len(minibatches) > 1:
             # in a single pass they would equal the new log-probabilities bit for bit, but for dropout
-            self._score_old(minibatches)
+            self._score_old(minibatches, result)
         self._measure(minibatches, result)
         if objective.kl_coef > 0:
-            self._score_reference(minibatches)
+            self._score_reference(minibatches, result)
         with span("update") as learning:
             for epoch in range(objective.num_epochs):
                 for parts in minibatches:
@@ -119,11 +119,13 @@ class Updater:
         return out
 
     @torch.no_grad()
-    def _score_old(self, minibatches: list[list[Microbatch]]) -> None:
+    def _score_old(self, minibatches: list[list[Microbatch]], result: UpdateResult) -> None:
+        def score(batch: Batch) -> None:
+            batch.old_logprob_A = self.method.score(self.policy, batch, self.temperature).logprob_A
+
         with span("score_old") as scoring, apart(), self.policy.without_dropout():
-            for batch in _batches(minibatches):
-                batch.old_logprob_A = self.method.score(self.policy, batch, self.temperature).logprob_A
-            scoring.tokens = sum(batch.num_tokens for batch in _batches(minibatches))
+            self._read(minibatches, score, result, "score_old")
+            scoring.tokens = sum(part.batch.num_tokens for parts in minibatches for part in parts)
 
     @torch.no_grad()
     def _measure(self, minibatches: list[list[Microbatch]], result: UpdateResult) -> None:
@@ -134,19 +136,30 @@ class Updater:
         corrects = config.mismatch.correction != "none"
         # at another temperature the update's log-probabilities say nothing, and only our own engine needs no watching
         needs_pass = corrects or not (is_same or config.engine.name == "hf")
-        for batch in _batches(minibatches):
+
+        def measure(batch: Batch) -> None:
             logprob_A = batch.old_logprob_A if is_same else None
             if logprob_A is None and needs_pass:
                 with span("score_old", batch.num_tokens), apart(), self.policy.without_dropout():
                     logprob_A = self.method.score(self.policy, batch, config.sampling.temperature).logprob_A
             if logprob_A is not None:
-                result.gaps.append(mismatch.measure(batch, logprob_A, config.mismatch))
-                mismatch.apply(result.gaps[-1], batch)
+                gap = mismatch.measure(batch, logprob_A, config.mismatch)
+                mismatch.apply(gap, batch)
+                result.gaps.append(gap)
 
-    def _score_reference(self, minibatches: list[list[Microbatch]]) -> None:
+        self._read(minibatches, measure, result, "score_old")
+
+    def _score_reference(self, minibatches: list[list[Microbatch]], result: UpdateResult) -> None:
+        def score(batch: Batch) -> None:
+            batch.ref_logprob_A = self.method.reference_logprob(self.policy, batch, self.temperature)
+
         with span("score_ref"), apart():
-            for batch in _batches(minibatches):
-                batch.ref_logprob_A = self.method.reference_logprob(self.policy, batch, self.temperature)
+            self._read(minibatches, score, result, "score_ref")
+
+    def _read(self, minibatches: list[list[Microbatch]], read: Callable[[Batch], None], result: UpdateResult,
+              phase: str) -> None:
+        for parts in minibatches:
+            result.num_splits += read_each(parts, read, self.config.update, phase)
 
     def _step(self, parts: list[Microbatch], result: UpdateResult, commit: Callable[[], None], is_first: bool) -> None:
         # no weight has moved yet: what is between these log-probabilities and the rollout's is the mismatch
@@ -184,8 +197,6 @@ def optimizer_step(parts: Sequence[Microbatch], learn: Callable[[Batch, UpdateRe
     while (failed := _accumulate(parts, learn, found := UpdateResult())) is not None:
         # some parameters have a part of its gradient and some have not: the step starts over, from gradients of zero
         optimizer.zero_grad()
-        if parts[failed].batch.score_A.is_cuda:
-            torch.cuda.empty_cache()
         try:
             parts[failed : failed + 1] = parts[failed].halves(config)
         except OutOfMemory as error:
@@ -213,7 +224,3 @@ def _accumulate(parts: list[Microbatch], learn: Callable[[Batch, UpdateResult], 
         except torch.OutOfMemoryError:
             return index  # with the error go its frames, which hold the activations
     return None
-
-
-def _batches(minibatches: list[list[Microbatch]]) -> Iterator[Batch]:
-    return (part.batch for parts in minibatches for part in parts)

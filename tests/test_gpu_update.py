@@ -159,6 +159,59 @@ def test_memory_that_runs_out_again_is_an_error_with_its_remedy(calls, budget, w
     assert all(p.grad is None for p in policy.trainable().values())
 
 
+SCORING = {"score_old": {"num_epochs": 2}, "mismatch": {"correction": "sequence_truncate"}, "score_ref": {"kl_coef": 0.1},
+           "score_ref of adapters": {"kl_coef": 0.1}}
+"""What makes an update score before it learns, by what the pass is for."""
+
+
+def scoring_policy(what: str, *failing: int) -> Policy:
+    """One whose forward passes without gradient find no memory at these calls, counted from 0; of a frozen reference its own."""
+    lora = LoraConfig(r=4, alpha=8, dropout=0.0, target_modules=["q_proj"]) if "adapters" in what else None
+    policy = tiny.policy("hrpo", has_reference="score_ref" in what, lora=lora)
+    base = policy._reference[0] if what == "score_ref" else policy.base
+    seen: list[int] = []
+
+    def hook(*_) -> None:
+        if not torch.is_grad_enabled():
+            seen.append(len(seen))
+            if seen[-1] in failing:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    base.model.layers[1].mlp.register_forward_hook(hook)
+    return policy
+
+
+@pytest.mark.parametrize("what", SCORING)
+def test_a_microbatch_that_cannot_be_scored_in_one_is_split_and_the_gradient_stays(what):
+    groups = drawn(tiny.policy("hrpo"))
+    groups[0].rollouts[1].logprobs = [x - 0.1 for x in groups[0].rollouts[1].logprobs]  # something to correct
+    wanted, wanted_gradients = updated(scoring_policy(what), groups, config(**SCORING[what]))
+    result, found = updated(scoring_policy(what, 1), groups, config(**SCORING[what]))
+    num_batches = [len(attempt.batches) for attempt in wanted.attempts]
+    assert num_batches[0] > 1 and (wanted.num_splits, result.num_splits) == (0, 1)
+    assert [len(attempt.batches) for attempt in result.attempts] == [n + 1 for n in num_batches]  # what was split stays so
+    for got, want in zip(found, wanted_gradients, strict=True):
+        assert_same(got, want, 1e-4)
+    for name, x in wanted.sums.items():
+        torch.testing.assert_close(result.sums[name], x, atol=1e-4, rtol=1e-4, msg=name)
+    for name in ("delta_A", "ratio_A", "latent_A"):
+        got, want = (torch.cat([getattr(gap, name) for gap in of.gaps]) for of in (result, wanted))
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("what", SCORING)
+@pytest.mark.parametrize("calls, budget, which", [((0, 1), 96, "half of a microbatch"), ((0,), 33, "a single completion")])
+def test_memory_that_runs_out_again_while_scoring_is_an_error_with_its_remedy(what, calls, budget, which):
+    policy = scoring_policy(what, *calls)
+    reason = (rf"{'score_ref' if 'ref' in what else 'score_old'}: out of memory for \d+ packed tokens, {which}; wanted "
+              f"update.tokens_per_microbatch below {budget} or a smaller sampling.max_new_tokens")
+    groups = drawn(tiny.policy("hrpo"))
+    with pytest.raises(OutOfMemory, match=reason) as caught:
+        updated(policy, groups, config(budget, **SCORING[what]))
+    assert caught.value.is_whole
+    assert all(p.grad is None for p in policy.trainable().values())
+
+
 def test_an_error_after_the_first_optimizer_step_says_so():
     policy = tiny.policy("grpo")
     groups, config_ = drawn(policy), config(num_epochs=2)

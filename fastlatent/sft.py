@@ -26,11 +26,12 @@ def main(argv: list[str]) -> int:
 
     config = load_config(*layers, overrides=overrides)
     from fastlatent.guard import TrainingDiverged
+    from fastlatent.rollout.failure import EngineFailed
     from fastlatent.sft_trainer import SftTrainer
 
     try:
         SftTrainer(config, argv).run()
-    except TrainingDiverged as error:
+    except (TrainingDiverged, EngineFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

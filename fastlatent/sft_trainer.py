@@ -13,6 +13,7 @@ from fastlatent.errors import UserError
 from fastlatent.live import LiveView
 from fastlatent.methods.base import METHODS
 from fastlatent.profiling import span
+from fastlatent.rollout.failure import released
 from fastlatent.schema import Config
 from fastlatent.sft_update import SftUpdater
 from fastlatent.trainer import Learnt, Trainer
@@ -55,8 +56,9 @@ class SftTrainer(Trainer):
             written = [self.demonstrator.write(prompt, f"example {prompt.id}") for prompt in prompts]
             rollouts = [rollout_of(d, p, self.policy.method, config, self.step) for d, p in zip(written, prompts, strict=True)]
             whole.tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-            with span("update") as learning:
-                result = self.update(rollouts, commit)
-                learning.tokens = result.num_tokens
-            self.step += 1
+            with released(self.engine):
+                with span("update") as learning:
+                    result = self.update(rollouts, commit)
+                    learning.tokens = result.num_tokens
+                self.step += 1
         return Learnt(result, step_metrics.of_demonstrations(self.step, rollouts, result, self.optimizer.lr))

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from fastlatent.methods import gumbel_mixture
 from fastlatent.methods.base import METHODS
 from fastlatent.optim import Optimizer
 from fastlatent.policy import Policy
+from fastlatent.rollout.hf_engine import HFEngine
 from fastlatent.sft_trainer import SftTrainer
 from fastlatent.sft_update import SftUpdater
 from fastlatent.types import Prompt
@@ -307,6 +309,45 @@ def test_a_run_that_has_no_memory_left_splits_and_at_last_saves_what_it_has_lear
     assert exit_.value.code == 2 and error.startswith("error: update: out of memory for ") and error.count("\n") == 1
     assert error.endswith("; saved step 1 in full\n") and newest(Path("full")) == 1
     assert [row["perf/oom_splits"] for row in read(Path("full/metrics.jsonl"))] == [1]
+
+
+def test_the_engine_has_handed_its_memory_back_while_the_weights_move(inside, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def released(self):
+        seen.append("released")
+        yield
+        seen.append("taken")
+
+    generate, step = HFEngine.generate, Optimizer.step
+    monkeypatch.setattr(HFEngine, "released", released)
+    monkeypatch.setattr(HFEngine, "generate", lambda self, *args: (seen.append("draw"), generate(self, *args))[1])
+    monkeypatch.setattr(Optimizer, "step", lambda self, is_bad: (seen.append("learn"), step(self, is_bad))[1])
+    SftTrainer(load_config(*LATENT, *ROWS, "out=released", "num_steps=2", "eval.every=1", "eval.num_samples=0",
+                           "eval.ablations=false")).run()
+    assert seen == ["draw", *["released", "learn", "taken", "draw"] * 2]
+
+
+@pytest.mark.parametrize("words, doing, saved_at", [
+    ([], "drawing 4 completions", 0), (["eval.every=0"], "taking its memory again", 1)])
+def test_an_engine_that_fails_ends_the_run_in_one_sentence_and_leaves_the_last_whole_step(
+        inside, capsys, monkeypatch, words, doing, saved_at):
+    @contextmanager
+    def released(self):
+        yield
+        raise RuntimeError("CUDA error: out of memory")
+
+    def generate(self, *args):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(HFEngine, "released", released)
+    monkeypatch.setattr(HFEngine, "generate", generate)
+    out = f"failing-{saved_at}"
+    assert sft.main([*LATENT, *ROWS, f"out={out}", "num_steps=3", "eval.num_samples=0", "eval.ablations=false", *words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: the engine failed while {doing}: RuntimeError: CUDA error: out of memory; saved step {saved_at}")
+    assert error.count("\n") == 1 and newest(Path(out)) == saved_at
 
 
 def session(folder: Path, argv: list[str]) -> None:

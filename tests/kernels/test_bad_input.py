@@ -100,13 +100,22 @@ def test_an_id_of_no_row_is_named(backend, bad):
         soft_embedding(**inputs, backend=backend)
 
 
-def test_where_nothing_can_be_raised_an_id_of_no_row_makes_its_row_nan():
+TRACED = {"soft_embedding": ("ids_NK", lambda out: out), "hrpo_gate_decode": ("token_ids_B", lambda out: out),
+          "token_logprob": ("target_A", lambda out: out[0][:, None]),
+          "policy_gradient_head": ("target_A", lambda out: out.logprob_A[:, None])}
+"""Each op that is given ids: the argument, and the rows of the output that they are for."""
+
+
+@pytest.mark.parametrize("op", TRACED)
+def test_where_nothing_can_be_raised_an_id_of_no_row_makes_its_row_nan(op):
     """In a traced call, as on a GPU."""
     torch._dynamo.reset()
-    inputs = inputs_of(soft_embedding)
-    want = soft_embedding(**inputs)
-    inputs["ids_NK"][3, 1], inputs["ids_NK"][5, 0] = -1, 33
-    compiled = torch.compile(lambda **kw: soft_embedding(**kw, backend="reference"), fullgraph=True, backend="aot_eager")
-    out = compiled(**inputs)
+    inputs, (name, rows_of) = inputs_of(OPS[op]), TRACED[op]
+    num_rows = len(inputs.get("table_VD", inputs.get("weight_VD")))
+    compiled = torch.compile(lambda **kw: OPS[op](**kw, backend="reference"), fullgraph=True, backend="aot_eager")
+    want = rows_of(OPS[op](**inputs, backend="reference")).clone()
+    ids = inputs[name].view(len(want), -1)
+    ids[3, -1], ids[5, 0] = -1, num_rows
+    out = rows_of(compiled(**inputs))
     assert out.isnan().all(dim=1).tolist() == [False, False, False, True, False, True, False]
     torch.testing.assert_close(out[[0, 1, 2, 4, 6]], want[[0, 1, 2, 4, 6]])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
-from fastlatent_kernels.check import FLOATS, expect, expect_number
+from fastlatent_kernels.check import FLOATS, can_look, expect, expect_number
 from fastlatent_kernels.dispatch import op
 from fastlatent_kernels.hrpo_gate import hrpo_gate
 
@@ -37,8 +37,8 @@ def hrpo_gate_decode(token_ids_B: Tensor, mixture_BD: Tensor, table_VD: Tensor, 
     """Write `hrpo_gate` of the embeddings of `token_ids_B` into `out_BD`, without gradient.
 
     Args:
-        token_ids_B: int64, rows of the table; any other id is a ValueError on a CPU. On a GPU, where nothing can be
-            raised, a fused backend makes its row NaN.
+        token_ids_B: int64, rows of the table; any other id is a ValueError on a CPU; on a GPU, where nothing can be raised,
+            its row is NaN.
         mixture_BD: in the dtype of the table, which is that of the product.
         weight_2DD: the two gate matrices, one over the other; rounded to the dtype of the table.
         lambda_D, latent_B, compat_eps: see `hrpo_gate`.
@@ -54,8 +54,14 @@ def hrpo_gate_decode(token_ids_B: Tensor, mixture_BD: Tensor, table_VD: Tensor, 
 def gather_and_multiply(token_ids_B: Tensor, table_VD: Tensor, weight_2DD: Tensor) -> tuple[Tensor, Tensor]:
     """Token embeddings [B, D] and their product with the gate matrices [B, 2 D], in the dtype of the table."""
     try:
-        token_BD = embedding(token_ids_B, table_VD)
+        token_BD = embedding(token_ids_B, table_VD) if can_look(token_ids_B) else _known_rows(token_ids_B, table_VD)
     except IndexError:
         raise ValueError(f"token_ids_B: expected ids from 0 to {table_VD.shape[0] - 1}, "
                          f"got {int(token_ids_B.min())} to {int(token_ids_B.max())}") from None
     return token_BD, linear(token_BD, weight_2DD.to(token_BD.dtype))
+
+
+def _known_rows(token_ids_B: Tensor, table_VD: Tensor) -> Tensor:
+    """Rows of the table, NaN for an id of none, which would take the process down with it on a GPU."""
+    known_B = token_ids_B.clamp(0, table_VD.shape[0] - 1)
+    return torch.where((known_B == token_ids_B)[:, None], embedding(known_B, table_VD), torch.nan)

@@ -9,6 +9,7 @@ import argparse
 import io
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import NoReturn
@@ -16,25 +17,45 @@ from typing import NoReturn
 from fastlatent import __version__
 from fastlatent.errors import UserError
 from fastlatent.layers import is_override, recipes
+from fastlatent.output import Output
 
 USAGE = "python -m fastlatent.{command} RECIPE | FILE.yaml ... [key=value ...]"
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Call `main` with the command's words and exit with what it returns: 2 after a UserError, 130 after Ctrl-C."""
+    """Call `main` with the command's words and exit with what it returns: 2 after a UserError, 130 after Ctrl-C.
+
+    A reader of its output who has seen enough (`| head`) stops nothing; an output that takes nothing more is a UserError.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a run must not end because its log cannot spell a character
+    output = None if sys.stdout is None else Output(sys.stdout)  # None where the process was started without one
     try:
-        argv = list(sys.argv[1:] if argv is None else argv)
-        if odd := next((word for word in argv if not _is_text(word)), None):
-            raise UserError(f"{odd!r}: wanted words in UTF-8")
-        code = main(argv)
+        with redirect_stdout(output):
+            try:
+                code = _call(main, argv)
+            finally:
+                if output is not None:
+                    output.flush()  # what is left would be written when Python exits
+        if output is not None and output.error is not None and not isinstance(output.error, BrokenPipeError):
+            raise UserError(f"the output cannot be written ({output.error.strerror})")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _call(main: Callable[[list[str]], int | None], argv: Sequence[str] | None) -> int | str | None:
+    """What the command exits with, if it says so itself as for --help or returns it."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if odd := next((word for word in argv if not _is_text(word)), None):
+        raise UserError(f"{odd!r}: wanted words in UTF-8")
+    try:
+        return main(argv)
+    except SystemExit as exit_:
+        return exit_.code
 
 
 def _is_text(word: str) -> bool:

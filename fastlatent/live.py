@@ -25,6 +25,7 @@ SHOWN = {
 """Metrics in the order they are shown, each with its short name and format."""
 
 QUIET_AT_ZERO = ("kl", "guard/skipped_steps")
+GOES_ON = "training goes on without it, its logs are in the run folder"
 PHASE_STYLES = {"rollout": "cyan", "reward": "magenta", "sync": "yellow", "score": "blue", "update": "green"}
 """Colours of what a step's time goes into (metrics.PHASES)."""
 
@@ -37,7 +38,7 @@ class LiveView:
     def __init__(self, num_steps: int, mode: str = "auto", file: TextIO | None = None):
         self.num_steps, self.mode = num_steps, mode
         file = file or sys.stdout  # None where the process was started without one
-        self.console = Console(file=file and Output(file), highlight=False, soft_wrap=True)
+        self.console = Console(file=file and Output(file, GOES_ON), highlight=False, soft_wrap=True)
         self.rows: list[Mapping[str, float]] = []
         self._live: Live | None = None
         self._started = monotonic()

@@ -1,7 +1,7 @@
 """A file to write to whose reader may go away: `| head` has seen enough, a pager is left, a terminal is closed.
 
-What a run is for lies in its folder, so the end of its reader is no reason to lose the step, and none to stop: whoever wants
-it to stop has signals for that.
+What a command is for lies in the files it writes, so the end of its reader is no reason to lose them, and none to stop: whoever
+wants it to stop has signals for that.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from typing import TextIO
 
 
 class Output:
-    """`file`, until it cannot be written any more: then a sentence on stderr, and from there on silence."""
+    """`file`, until it cannot be written any more: then `notice` on stderr, where there is one, and from there on silence.
 
-    def __init__(self, file: TextIO):
-        self._file, self._is_gone = file, False
+    `error` is the reason, None as long as there is none. An Output of an Output is another one of its file.
+    """
+
+    def __init__(self, file: TextIO, notice: str = ""):
+        self._file, self._notice = file._file if isinstance(file, Output) else file, notice
+        self.error: OSError | None = None
 
     def __getattr__(self, name: str):
         return getattr(self._file, name)
@@ -36,13 +40,12 @@ class Output:
 
     def _give_up(self, error: OSError) -> None:
         _discard(self._file)
-        if not self._is_gone and sys.__stderr__ is not None:
-            self._is_gone = True
+        if self.error is None and self._notice and sys.__stderr__ is not None:
             try:  # not sys.stderr, which a live view shows above itself
-                print(f"the output cannot be written any more ({error.strerror}); training goes on without it, its logs are in "
-                      "the run folder", file=sys.__stderr__, flush=True)
+                print(f"the output cannot be written any more ({error.strerror}); {self._notice}", file=sys.__stderr__, flush=True)
             except OSError:  # on the same terminal
                 _discard(sys.__stderr__)
+        self.error = self.error or error
 
 
 def _discard(file: TextIO) -> None:

@@ -1,9 +1,12 @@
 """What every command shares: one sentence and exit code 2 for bad input, and a --help that leaves nothing out."""
 
 import dataclasses
+import importlib
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,59 @@ def test_what_the_terminal_cannot_spell_is_escaped():
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(fastlatent.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u2192 \\ud800\n", b"")
+
+
+@contextmanager
+def unread():
+    """Standard output is a pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as out, redirect_stdout(out):
+        yield
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "evaluate", "generate", "export", "report", "doctor", "profile_report",
+                                     "models.__main__"])
+def test_no_command_minds_a_reader_who_has_seen_enough(command, capfd):
+    main = importlib.import_module(f"fastlatent.{command}").main
+    with unread():
+        assert exit_code(run_command, main, ["--help"]) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_files_are_written_though_nobody_reads_what_is_said(capfd, tmp_path):
+    def main(argv):
+        for _ in range(3):
+            print("x" * 100_000)
+        Path(argv[0]).write_text("samples")
+        print("done")
+
+    with unread():
+        assert exit_code(run_command, main, [str(tmp_path / "out")]) in (0, None)
+    assert (tmp_path / "out").read_text() == "samples" and capfd.readouterr() == ("", "")
+
+
+def test_bad_input_is_told_of_though_nobody_reads_what_was_said_before(capfd):
+    def main(argv):
+        print("as far as it went")
+        raise UserError("x: no such thing")
+
+    with unread():
+        assert exit_code(run_command, main, []) == 2
+    assert capfd.readouterr() == ("", "error: x: no such thing\n")
+
+
+def test_the_overview_of_the_kernels_does_not_mind_either(capfd):
+    with unread():
+        runpy.run_module("fastlatent_kernels", run_name="__main__")
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_an_output_that_takes_nothing_is_one_sentence(capfd):
+    with open("/dev/full", "w") as out, redirect_stdout(out):
+        assert exit_code(run_command, lambda argv: print("hello"), []) == 2
+    assert capfd.readouterr() == ("", "error: the output cannot be written (No space left on device)\n")
 
 
 def test_a_bug_is_not_hidden():

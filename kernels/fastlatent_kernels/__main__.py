@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from fastlatent_kernels.dispatch import OPS
 from fastlatent_kernels.overview import Choice, choices
 
@@ -27,4 +30,8 @@ def _reason(choice: Choice) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what is still in the buffer would be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

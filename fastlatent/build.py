@@ -11,6 +11,7 @@ from fastlatent_kernels.overview import choices
 from fastlatent import flash, liger, mfu, models
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
+from fastlatent.models import files
 from fastlatent.policy import Policy, compute_dtype
 from fastlatent.rollout.base import ENGINES, EngineParts, RolloutEngine, match
 from fastlatent.rollout.thinking import ThinkingSpan, eos_ids
@@ -70,6 +71,11 @@ def has_latents(config: Config, policy: Policy) -> bool:
 
 def tokenizer(config: Config):
     return models.load_tokenizer(models.resolve_model(config.model.path), config.model.trust_remote_code)
+
+
+def model_files(config: Config) -> dict[str, str]:
+    """A digest of each of the model's files, by name; nothing for one that the hub has yet to send."""
+    return files.model_files(models.resolve_model(config.model.path))
 
 
 def check_model(config: Config) -> None:

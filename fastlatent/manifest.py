@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -27,26 +27,48 @@ PACKAGES = {name: (name,) for name in ("torch", "transformers", "triton", "vllm"
 
 
 def create(folder: Path, config: Mapping[str, Any], argv: Sequence[str], fingerprint: str,
-           backends: Mapping[str, str]) -> None:
+           backends: Mapping[str, str], model: Mapping[str, str] | None = None) -> None:
     """Write the manifest of a new run.
 
     Args:
         config: the resolved configuration, as plain values.
         fingerprint: of the data, as its dataset gives it.
         backends: which implementation each op uses here.
+        model: a digest of each of the model's files; nothing where they are not here yet.
     """
     _write(folder, session(argv, backends) | {
-        "seed": config["seed"], "data_fingerprint": fingerprint, "config": config, "sessions": []})
+        "seed": config["seed"], "data_fingerprint": fingerprint, "model_files": dict(model or {}), "config": config,
+        "sessions": []})
 
 
-def resume(folder: Path, argv: Sequence[str], fingerprint: str, backends: Mapping[str, str]) -> None:
-    """Add a session; UserError where the data is no longer what the run was started on."""
+def resume(folder: Path, argv: Sequence[str], fingerprint: str, backends: Mapping[str, str],
+           model: Mapping[str, str]) -> None:
+    """Add a session; UserError where data or model are no longer what the run was started on."""
     manifest = read(folder)
+    check_model(folder, model)
     if manifest["data_fingerprint"] != fingerprint:
         raise UserError(f"data: its fingerprint is {fingerprint}, "
                         f"the run in {folder} was started on {manifest['data_fingerprint']}")
     manifest["sessions"].append(session(argv, backends))
     _write(folder, manifest)
+
+
+def check_model(folder: Path, model: Mapping[str, str], names: Collection[str] | None = None) -> None:
+    """UserError that tells of the first file (of these `names`) that is not as it was when the run was started, where both are
+    known."""
+    known = read(folder).get("model_files")  # nothing in a run of before it was written down
+    for name in names or sorted({*known, *model}) if known and model else []:
+        if known.get(name) != model.get(name):
+            what = "is missing" if name not in model else "has changed" if name in known else "is new"
+            raise UserError(f"model.path: {name} {what} since the run in {folder} was started; wanted the model as it was then")
+
+
+def keep_model(folder: Path, model: Mapping[str, str]) -> None:
+    """Write down the files of a model that were not here when the run was started; UserError where others were."""
+    check_model(folder, model)
+    manifest = read(folder)
+    if not manifest.get("model_files"):
+        _write(folder, manifest | {"model_files": dict(model)})
 
 
 def read(folder: Path) -> dict[str, Any]:

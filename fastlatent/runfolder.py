@@ -52,7 +52,8 @@ class RunFolder:
 
     @classmethod
     def open(cls, config: Mapping[str, Any], argv: Sequence[str], fingerprint: str,
-             backends: Mapping[str, str] | None = None, cwd: Path = Path(".")) -> RunFolder:
+             backends: Mapping[str, str] | None = None, cwd: Path = Path("."),
+             model: Mapping[str, str] | None = None) -> RunFolder:
         """Start a run, or with `resume` in the configuration go on with one; UserError where neither is possible.
 
         Args:
@@ -60,17 +61,18 @@ class RunFolder:
             fingerprint: of the data; a run does not go on with other data.
             backends: which implementation each op uses, for the manifest.
             cwd: where `runs/` is.
+            model: a digest of each of the model's files, for the manifest; a run does not go on with another model.
         """
         config = _plain(config)
         path, keep = _resumable(config, Path(cwd)) if config["resume"] else None, config["checkpoint"]["keep"]
         try:
             if path is None:
                 path, lock = _create(config, Path(cwd))
-                _fill(path, config, argv, fingerprint, backends or {})
+                _fill(path, config, argv, fingerprint, backends or {}, model or {})
                 return cls(path, lock, keep, None, is_new=True)
             lock = _take(path)
             try:
-                return cls(path, lock, keep, _reopen(path, argv, fingerprint, backends or {}))
+                return cls(path, lock, keep, _reopen(path, argv, fingerprint, backends or {}, model or {}))
             except UserError:
                 os.close(lock)
                 raise
@@ -155,18 +157,19 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str 
 # ---- what is in it ------------------------------------------------------------------------------------------------
 
 
-def _fill(path: Path, config: Mapping[str, Any], argv: Sequence[str], fingerprint: str,
-          backends: Mapping[str, str]) -> None:
+def _fill(path: Path, config: Mapping[str, Any], argv: Sequence[str], fingerprint: str, backends: Mapping[str, str],
+          model: Mapping[str, str]) -> None:
     """Manifest, then configuration: a folder without a config.yaml was left by a process that was killed here."""
-    manifest.create(path, config, argv, fingerprint, backends)
+    manifest.create(path, config, argv, fingerprint, backends, model)
     temporary = path / ".config.yaml.tmp"
     temporary.write_text(_yaml(config), encoding="utf-8")
     temporary.replace(path / "config.yaml")
 
 
-def _reopen(path: Path, argv: Sequence[str], fingerprint: str, backends: Mapping[str, str]) -> Checkpoint | None:
+def _reopen(path: Path, argv: Sequence[str], fingerprint: str, backends: Mapping[str, str],
+            model: Mapping[str, str]) -> Checkpoint | None:
     """The newest checkpoint of a run that goes on; None where it never came to save one."""
-    manifest.resume(path, argv, fingerprint, backends)
+    manifest.resume(path, argv, fingerprint, backends, model)
     checkpoint.sweep(path)
     newest = checkpoint.latest(path)
     return checkpoint.load(newest) if newest else None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlatent import build, checkpoint
+from fastlatent import build, checkpoint, manifest
 from fastlatent.config import load_config
 from fastlatent.engine_choice import settled
 from fastlatent.errors import UserError
@@ -58,11 +58,19 @@ def run_config(folder: str, device: str | None = None, engine: str | None = None
 def open_run(folder: str, which: str = "best", device: str | None = None, engine: str | None = None) -> Trained:
     """Load a run's checkpoint into a policy of its configuration."""
     config = run_config(folder, device, engine)
+    _check_model(Path(folder), config)
     stored = checkpoint.load(_choose(Path(folder), which))
     policy = build.policy(config)
     policy.restore(stored)
     policy.eval()
     return Trained(config, policy, build.tokenizer(config), stored.path, stored.step)
+
+
+def _check_model(folder: Path, config: Config) -> None:
+    """UserError where the checkpoints of the run are of another model: of its weights only where some are not in them."""
+    if (folder / "manifest.json").is_file():
+        is_whole = config.model.lora is None and not config.model.freeze_embedding
+        manifest.check_model(folder, build.model_files(config), ["config.json"] if is_whole else None)
 
 
 def _choose(folder: Path, which: str) -> Path:

@@ -19,7 +19,8 @@ from traceback import format_exception
 
 import torch
 
-from fastlatent import advantages, build, capture, engine_choice, evaluation, log, memory_plan, parity, step_metrics
+from fastlatent import (
+    advantages, build, capture, engine_choice, evaluation, log, manifest, memory_plan, parity, step_metrics)
 from fastlatent.alarms import CollapseAlarm
 from fastlatent.checkpoint import Checkpoint
 from fastlatent.config import to_dict
@@ -72,10 +73,12 @@ class Trainer:
         with ExitStack() as opened:
             self.pool = opened.enter_context(RewardPool(config.rewards, columns=self.inputs.columns()))
             self.run_folder = opened.enter_context(RunFolder.open(
-                to_dict(config), list(argv) or sys.argv, self.inputs.dataset.fingerprint(), build.backends(config)))
+                to_dict(config), list(argv) or sys.argv, self.inputs.dataset.fingerprint(), build.backends(config),
+                model=build.model_files(config)))
             self.trackers.start(self.run_folder.path)
             opened.callback(self.trackers.close)
             self.policy = build.policy(config, has_reference=config.objective.kl_coef > 0 and config.sft is None)
+            manifest.keep_model(self.run_folder.path, build.model_files(config))  # the hub has sent it by now
             self.engine = build.engine(config, self.policy, self.tokenizer)
             opened.callback(self.engine.close)
             self.optimizer = Optimizer(self.policy, config)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from statistics import fmean
 
@@ -55,6 +56,39 @@ def inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     return folder
+
+
+@pytest.fixture
+def another_model(inside):
+    """What lies at the runs' model.path has been trained on; and its configuration, once `config()` is called."""
+    model = AutoModelForCausalLM.from_pretrained("model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-3
+    os.rename("model", "before")
+    shutil.copytree("before", "model")
+    model.save_pretrained("model")
+    shutil.copy("before/config.json", "model/config.json")
+    yield lambda: Path("model/config.json").write_text(Path("before/config.json").read_text().replace("1e-06", "1e-05"))
+    shutil.rmtree("model")
+    os.rename("before", "model")
+
+
+def test_a_run_is_refused_where_another_model_took_the_place_of_its_own(another_model, tmp_path):
+    def refused(main, *words):
+        with pytest.raises(UserError, match=r"^model.path: \S+ has changed since the run in \S+ was started; wanted the model as "):
+            main([*words])
+
+    for main, *words in ((generate.main, QUESTION), (evaluate.main, "--limit=1"), (export.main, str(tmp_path / "new"))):
+        refused(main, "lora", *words)
+    for name in ("lora", "full"):
+        refused(train.main, *RUNS[name], *WORDS, f"out={name}", "resume=auto")
+    open_run("full")  # all of its weights are in its checkpoints
+    another_model()
+    refused(generate.main, "full", QUESTION)
+    Path("full/manifest.json").rename(tmp_path / "manifest.json")
+    open_run("full")
+    (tmp_path / "manifest.json").rename("full/manifest.json")
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------

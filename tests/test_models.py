@@ -14,11 +14,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastlatent.errors import UserError
 from fastlatent.models import load_causal_lm, load_tokenizer, resolve_model
 from fastlatent.models.convert import convert
+from fastlatent.models.files import model_files
 from fastlatent.models.smollm2 import SMOLLM2, Source, cache_dir, fetch, weights_sha256
 
 TINY = LlamaConfig(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -254,6 +256,45 @@ def test_paths_are_folders_and_other_names_are_the_hubs(tmp_path, converted):
                          (tmp_path / "nowhere", "there is no folder"), ("", "wanted a Hugging Face folder")]:
         with pytest.raises(UserError, match=reason):
             resolve_model(str(path))
+
+
+def test_a_model_is_known_by_what_its_files_hold(converted, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    folder, again = tmp_path / "model", tmp_path / "again"
+    model.save_pretrained(folder)
+    known = model_files(str(folder))
+    assert list(known) == ["config.json", "model.safetensors"]
+    shutil.copytree(folder, again)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, again / "model.safetensors", {"format": "pt", "written": "by another version"})
+    (again / "README.md").write_text("news")
+    (again / "consolidated.safetensors").write_bytes(b"what nobody reads")
+    assert model_files(str(again)) == known
+    break_config(rope_theta=5.0)(again)
+    assert model_files(str(again)) == known | {"config.json": model_files(str(again))["config.json"]} != known
+    for name, tensor in tensors.items():  # the first and the last, and most of those between
+        save_file(tensors | {name: tensor + tensor.abs().max() / 128}, folder / "model.safetensors", {"format": "pt"})
+        assert model_files(str(folder))["model.safetensors"] != known["model.safetensors"], name
+    for size in (0, 3, 8, 20):
+        (folder / "model.safetensors").write_bytes(b"\xff" * size)
+        assert len(model_files(str(folder))) == 2
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("nowhere")
+    with pytest.raises(UserError, match="model.path: .*model.safetensors cannot be read .No such file"):
+        model_files(str(folder))
+
+
+def test_a_model_of_the_hub_is_known_once_it_is_here(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert model_files("some/model") == model_files("not a name!") == {}
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "c0"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("c0")
+    shutil.copy(converted / "config.json", snapshot)
+    assert model_files("some/model") == {}
+    shutil.copy(converted / "model.safetensors", snapshot)
+    assert model_files("some/model") == model_files(str(converted))
 
 
 def break_config(**changes):

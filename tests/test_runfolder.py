@@ -19,6 +19,8 @@ from fastlatent.vllm_plugin import surface
 
 DEFAULT = OmegaConf.to_container(OmegaConf.structured(Config(recipe="quick")))
 
+MODEL = {"config.json": "c", "model.safetensors": "w"}
+
 
 def config(**changes):
     """The default configuration with dotted keys changed; `__` stands for the dot."""
@@ -33,8 +35,9 @@ def config(**changes):
     return tree
 
 
-def start(cwd, fingerprint="data-1", **changes):
-    return RunFolder.open(config(**changes), ["train", "quick"], fingerprint, {"hrpo_gate": "reference"}, cwd)
+def start(cwd, fingerprint="data-1", model=None, **changes):
+    return RunFolder.open(config(**changes), ["train", "quick"], fingerprint, {"hrpo_gate": "reference"}, cwd,
+                          model=MODEL if model is None else model)
 
 
 def run(cwd, steps=(), **changes):
@@ -241,6 +244,12 @@ def damage_checkpoint(path):
      "state.json: .*truncated"),
     (lambda cwd: run(cwd, out="mine"), {"resume": "auto", "out": "mine", "fingerprint": "data-2"},
      "data: its fingerprint is data-2, the run in .*mine was started on data-1"),
+    *[(lambda cwd: run(cwd, out="mine"), {"resume": "auto", "out": "mine", "model": model},
+       f"model.path: {what} since the run in .*mine was started; wanted the model as it was then") for model, what in (
+        ({**MODEL, "config.json": "d"}, "config.json has changed"),
+        ({**MODEL, "model.safetensors": "v"}, "model.safetensors has changed"),
+        ({**MODEL, "model-00002-of-00002.safetensors": "w"}, "model-00002-of-00002.safetensors is new"),
+        ({"config.json": "c"}, "model.safetensors is missing"))],
 ])
 def test_a_folder_that_cannot_be_used_is_one_sentence(tmp_path, prepare, changes, sentence):
     prepare(tmp_path)
@@ -286,7 +295,20 @@ def test_the_manifest_tells_what_was_run_where_and_every_resumption(tmp_path):
     assert facts["threads"]["torch"] == torch.get_num_threads()
     assert facts["versions"]["vllm"] == (surface.installed() or ("", None))[1]  # whichever name pip knows it by
     (session,) = facts["sessions"]
-    assert set(session) == set(facts) - {"config", "seed", "data_fingerprint", "sessions"}
+    assert set(session) == set(facts) - {"config", "seed", "data_fingerprint", "model_files", "sessions"}
+
+
+def test_a_model_that_the_hub_sends_later_is_written_down_once_it_is_here(tmp_path):
+    path = run(tmp_path, model={})
+    start(tmp_path, model={}, resume="auto").close()  # not sent yet either: nothing to compare
+    for _ in range(2):
+        manifest.keep_model(path, MODEL)
+    assert manifest.read(path)["model_files"] == MODEL and len(manifest.read(path)["sessions"]) == 1
+    with pytest.raises(UserError, match="model.safetensors has changed since"):
+        manifest.keep_model(path, {**MODEL, "model.safetensors": "v"})
+    older = {name: value for name, value in manifest.read(path).items() if name != "model_files"}
+    (path / "manifest.json").write_text(json.dumps(older))  # as it was before models were written down
+    start(tmp_path, model={"config.json": "d"}, resume="auto").close()
 
 
 def test_git_state_is_of_the_checkout_that_tracks_the_code_or_none(tmp_path):

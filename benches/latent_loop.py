@@ -1,4 +1,5 @@
-"""The loop that released latent methods decode with: a stock transformers model fed embeddings step by step, HRPO's mixture by torch.
+"""The loop that released latent methods decode with: a stock transformers model fed embeddings step by step, HRPO's mixture
+by torch.
 
 Whole batch, left-padded prompts, a growing cache, `torch.multinomial`, the mixture as p @ E, the gate of our method. At every
 step all that was drawn is decoded to text, in which the delimiter is looked for; a row that has stopped is carried along until
@@ -37,7 +38,8 @@ class LatentLoop:
         path, dtype = models.resolve_model(config.model.path), setting.dtype(config)
         self.model = models.load_causal_lm(path, dtype).to(build.device_of(config)).eval()
         table = EmbeddingInDtype(self.model.get_input_embeddings(), dtype)
-        self.method = METHODS.find(config.method.name, "")(config.method, model_info(self.model, config.model, dtype), table).eval()
+        method = METHODS.find(config.method.name, "")
+        self.method = method(config.method, model_info(self.model, config.model, dtype), table).eval()
         self.sampling, self.tokenizer, self.end = build.sampling_of(config), tokenizer, config.thinking.end
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
@@ -48,7 +50,8 @@ class LatentLoop:
 
     def draw(self, requests: Sequence[Request], stop_ids: list[int], seed: int, max_new: int | None = None) -> Drawn:
         # stacked out here: what inference mode makes could not be learnt from
-        return Drawn(*(torch.stack(columns, dim=1) for columns in zip(*self._steps(requests, stop_ids, seed, max_new), strict=True)))
+        steps = self._steps(requests, stop_ids, seed, max_new)
+        return Drawn(*(torch.stack(columns, dim=1) for columns in zip(*steps, strict=True)))
 
     @torch.no_grad()
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
@@ -58,7 +61,8 @@ class LatentLoop:
             parameter.copy_(tensors[name])
 
     @torch.inference_mode()
-    def _steps(self, requests: Sequence[Request], stop_ids: list[int], seed: int, max_new: int | None) -> list[tuple[Tensor, ...]]:
+    def _steps(self, requests: Sequence[Request], stop_ids: list[int], seed: int,
+               max_new: int | None) -> list[tuple[Tensor, ...]]:
         """Of every step the fields of Drawn, without the second dimension."""
         device = self.model.device
         torch.manual_seed(seed)
@@ -89,7 +93,8 @@ class LatentLoop:
 
 
 def mix(logits_BV: Tensor, table_VD: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """A token [B] drawn from softmax(logits / T), truncated to the top k where that is asked for, and p @ E / ||p||_2 [B, D]."""
+    """A token [B] drawn from softmax(logits / T), truncated to the top k where that is asked for, and
+    p @ E / ||p||_2 [B, D]."""
     scaled_BV = logits_BV.float() / sampling.temperature
     if sampling.top_k:
         kept_B1 = scaled_BV.topk(sampling.top_k, dim=-1).values[:, -1:]

@@ -111,9 +111,9 @@ TABLES = {
             "peak MiB": mib("peak_bytes"), "dtype": fact("dtype"),
         }),
     "step": Table(
-        "A whole HRPO training step (weights to the engine, rollout, reward, update) beside the released trainer's, re-created: its "
-        "rollout loop, then trl's update, padded; same prompts, sizes and lengths, interleaved rounds; median (20th to 80th "
-        "percentile)", {
+        "A whole HRPO training step (weights to the engine, rollout, reward, update) beside the released trainer's, "
+        "re-created: its rollout loop, then trl's update, padded; same prompts, sizes and lengths, interleaved rounds; median "
+        "(20th to 80th percentile)", {
             "prompts x group": lambda row: row["case"], "step": lambda row: row["variant"],
             "seconds": metric("wall_s", spread=True), "of which rollout": metric("rollout_s"),
             "times released": metric("speed_over_released", spread=True), "dtype": fact("dtype"),

@@ -1,8 +1,9 @@
 """A training step of the released HRPO trainer (arXiv:2505.18454), re-created: its rollout loop, then trl's update, padded.
 
-Its rollout is `benches/latent_loop.py`, which hands over the mixtures that were read; nothing is scored again before the update, as
-it has one pass for each rollout (ratio 1) and the recipe no reference. The update is trl's (`benches/trl_update.py`): one padded
-batch, prompts repeated for every sibling, and the recorded latents laid over it, gated with the current weights.
+Its rollout is `benches/latent_loop.py`, which hands over the mixtures that were read; nothing is scored again before the
+update, as it has one pass for each rollout (ratio 1) and the recipe no reference. The update is trl's
+(`benches/trl_update.py`): one padded batch, prompts repeated for every sibling, and the recorded latents laid over it, gated
+with the current weights.
 
 Kinder to it than it was: pads are masked, the head, optimizer and kernels are those of trl and transformers today, and the loop
 decodes with a copy of the weights in the compute dtype. The gate learns at the model's learning rate, which costs the same.
@@ -79,11 +80,13 @@ class LatentInputs:
         self.config = config
 
     def attach(self, model: nn.Module) -> None:
-        """Make the method, drawn as `build.policy` draws it, a submodule of `model`, whose parameters are trained and clipped."""
+        """Make the method, drawn as `build.policy` draws it, a submodule of `model`, whose parameters are trained and
+        clipped."""
         table, dtype = model.get_input_embeddings(), setting.dtype(self.config)
         torch.manual_seed(self.config.seed)
         method = METHODS.find(self.config.method.name, "method.name")
-        model.method = method(self.config.method, model_info(model, self.config.model, dtype), EmbeddingInDtype(Rows(table), dtype))
+        rows = EmbeddingInDtype(Rows(table), dtype)
+        model.method = method(self.config.method, model_info(model, self.config.model, dtype), rows)
         self.method = model.method
         table.register_forward_hook(self._input)
 

@@ -3,10 +3,10 @@
     python -m benches.step [--batch 64] [--engine hf|vllm] [--threads N] [--model PATH]
     python -m benches.step --against none
 
-A step hands the engine the newest weights, draws groups with latents, scores their texts with the recipe's rewards, and makes one
-update with its optimizer step. Both sides have the quickstart's prompts, other ones at every step, its group size, dtype and
-temperature; nothing ends a completion before the recipe's cap, so that both draw and learn from as many tokens. Whatever the
-rewards are, half of every group then counts as rewarded: no side has completions without an advantage to leave out.
+A step hands the engine the newest weights, draws groups with latents, scores their texts with the recipe's rewards, and makes
+one update with its optimizer step. Both sides have the quickstart's prompts, other ones at every step, its group size, dtype
+and temperature; nothing ends a completion before the recipe's cap, so that both draw and learn from as many tokens. Whatever
+the rewards are, half of every group then counts as rewarded: no side has completions without an advantage to leave out.
 
 Before anything is timed both learn from the same completions, those of the released loop; where the gradient norms differ
 nothing is timed.

@@ -1,10 +1,10 @@
 """What one decode step costs the host: operators dispatched, kernels launched, and how often it waits for the device.
 
-A step is the difference between two draws of unlike length, divided by the tokens between them: prompts, ends and set-up drop out,
-whoever's loop it is. `own` is what code of this project asked for, the rest is transformers' or vLLM's. Operators are those that
-torch's dispatcher hands to Python: what runs inside one of them (a kernel of ours, a library's, a CUDA graph) counts as one, and
-a look at a CPU tensor's memory (`tolist`, `numpy`) is none. The launches and waits of a GPU are those its driver reports to
-torch's profiler, launches of graphs included; that part was never run.
+A step is the difference between two draws of unlike length, divided by the tokens between them: prompts, ends and set-up drop
+out, whoever's loop it is. `own` is what code of this project asked for, the rest is transformers' or vLLM's. Operators are
+those that torch's dispatcher hands to Python: what runs inside one of them (a kernel of ours, a library's, a CUDA graph)
+counts as one, and a look at a CPU tensor's memory (`tolist`, `numpy`) is none. The launches and waits of a GPU are those its
+driver reports to torch's profiler, launches of graphs included; that part was never run.
 """
 
 from __future__ import annotations

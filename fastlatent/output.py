@@ -42,7 +42,8 @@ class Output:
         _discard(self._file)
         if self.error is None and self._notice and sys.__stderr__ is not None:
             try:  # not sys.stderr, which a live view shows above itself
-                print(f"the output cannot be written any more ({error.strerror}); {self._notice}", file=sys.__stderr__, flush=True)
+                print(f"the output cannot be written any more ({error.strerror}); {self._notice}", file=sys.__stderr__,
+                      flush=True)
             except OSError:  # on the same terminal
                 _discard(sys.__stderr__)
         self.error = self.error or error

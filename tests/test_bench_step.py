@@ -79,7 +79,8 @@ def test_latents_of_the_loop_end_where_its_text_has_the_delimiter(model, monkeyp
     script = iter(zip(*rows))
 
     def scripted(logits_BV, table_VD, sampling):
-        return torch.tensor([ids[text] for text in next(script)]), torch.zeros(len(rows), table_VD.shape[1], dtype=table_VD.dtype)
+        token_B = torch.tensor([ids[text] for text in next(script)])
+        return token_B, torch.zeros(len(rows), table_VD.shape[1], dtype=table_VD.dtype)
 
     monkeypatch.setattr(latent_loop, "mix", scripted)
     drawn = loop.draw(tiny.requests(setting.prompts(config, tokenizer, 1), 3), [], 0, max_new=5)

@@ -76,7 +76,7 @@ def another_model(inside):
 
 def test_a_run_is_refused_where_another_model_took_the_place_of_its_own(another_model, tmp_path):
     def refused(main, *words):
-        with pytest.raises(UserError, match=r"^model.path: \S+ has changed since the run in \S+ was started; wanted the model as "):
+        with pytest.raises(UserError, match=r"^model.path: \S+ has changed since the run in \S+ was started; wanted the model"):
             main([*words])
 
     for main, *words in ((generate.main, QUESTION), (evaluate.main, "--limit=1"), (export.main, str(tmp_path / "new"))):

@@ -333,5 +333,6 @@ def test_the_summary_shows_the_newest_of_each_thing():
     assert "| qwen2.5-1.5b | 8 completions | latent | 100 | 2 |  | 41.7% |" in text and text.count("8 completions") == 1
     ours = line | {"bench": "rollout", "metrics": {"rate_tok_s": 100.0, "wall_s": 2.0, "speed_over_loop": 11.2}}
     assert "| 100 | 2 |  | 11.20 |" in gpu_summary.summary([row], [ours])
-    whole = line | {"bench": "step", "metrics": {"rate_tok_s": 100.0, "wall_s": 2.0, "rollout_s": 1.25, "speed_over_released": 5.31}}
+    metrics = {"rate_tok_s": 100.0, "wall_s": 2.0, "rollout_s": 1.25, "speed_over_released": 5.31}
+    whole = line | {"bench": "step", "metrics": metrics}
     assert "| 100 | 2 | 1.25 | 5.31 |" in gpu_summary.summary([row], [whole])

@@ -165,7 +165,8 @@ SCORING = {"score_old": {"num_epochs": 2}, "mismatch": {"correction": "sequence_
 
 
 def scoring_policy(what: str, *failing: int) -> Policy:
-    """One whose forward passes without gradient find no memory at these calls, counted from 0; of a frozen reference its own."""
+    """One whose forward passes without gradient find no memory at these calls, counted from 0; where there is a frozen
+    copy, its own."""
     lora = LoraConfig(r=4, alpha=8, dropout=0.0, target_modules=["q_proj"]) if "adapters" in what else None
     policy = tiny.policy("hrpo", has_reference="score_ref" in what, lora=lora)
     base = policy._reference[0] if what == "score_ref" else policy.base

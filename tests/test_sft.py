@@ -345,8 +345,8 @@ def test_an_engine_that_fails_ends_the_run_in_one_sentence_and_leaves_the_last_w
     monkeypatch.setattr(HFEngine, "generate", generate)
     out = f"failing-{saved_at}"
     assert sft.main([*LATENT, *ROWS, f"out={out}", "num_steps=3", "eval.num_samples=0", "eval.ablations=false", *words]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: the engine failed while {doing}: RuntimeError: CUDA error: out of memory; saved step {saved_at}")
+    error, cause = capsys.readouterr().err, "RuntimeError: CUDA error: out of memory"
+    assert error.startswith(f"error: the engine failed while {doing}: {cause}; saved step {saved_at}")
     assert error.count("\n") == 1 and newest(Path(out)) == saved_at
 
 

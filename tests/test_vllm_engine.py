@@ -312,8 +312,8 @@ def test_reading_decoding_and_sampling_are_timed():
 
 
 def test_nothing_of_ours_waits_for_the_device():
-    """In no step, whether it reads chunks of prompts, decodes or does both, nor when a completion ends; vLLM's own code on a CPU
-    does wait."""
+    """In no step, whether it reads chunks of prompts, decodes or does both, nor when a completion ends; vLLM's own code on a
+    CPU does wait."""
     engine = start(policy())
     for sampling in (SAMPLING, TRUNCATED):
         with watched(engine) as seen:

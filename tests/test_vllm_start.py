@@ -31,7 +31,8 @@ CONFIG = tiny.model().config
 
 def test_the_same_configuration_is_always_in_the_same_folder(cache):
     folders = [config_folder(tiny.model(seed=seed).config) for seed in (0, 1)]
-    assert folders[0] == folders[1] == config_folder(AutoConfig.from_pretrained(folders[0])) and folders[0].parent == cache / "vllm"
+    assert folders[0] == folders[1] == config_folder(AutoConfig.from_pretrained(folders[0]))
+    assert folders[0].parent == cache / "vllm"
     other = config_folder(tiny.model(num_heads=2).config)
     assert other != folders[0] and set((cache / "vllm").iterdir()) == {other, folders[0]}
     for folder, num_heads in ((folders[0], 4), (other, 2)):
@@ -47,7 +48,8 @@ def test_starts_at_the_same_moment_read_it_whole(cache):
         for config.max_position_embeddings in lengths:
             together.wait()
             folders.append(config_folder(config))
-            assert json.loads((folders[-1] / "config.json").read_text())["max_position_embeddings"] == config.max_position_embeddings
+            written = json.loads((folders[-1] / "config.json").read_text())
+            assert written["max_position_embeddings"] == config.max_position_embeddings
         return folders
 
     with ThreadPoolExecutor(4) as pool:
@@ -66,7 +68,8 @@ def test_a_damaged_file_is_written_anew_and_a_whole_one_left_alone():
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(cache):
     (cache / "vllm").touch()
-    with pytest.raises(UserError, match="engine: the model's configuration for vllm cannot be kept in .*/vllm .*FASTLATENT_CACHE") as raised:
+    reason = "engine: the model's configuration for vllm cannot be kept in .*/vllm .*FASTLATENT_CACHE"
+    with pytest.raises(UserError, match=reason) as raised:
         config_folder(CONFIG)
     assert "\n" not in str(raised.value)
 
@@ -101,6 +104,7 @@ def test_whatever_stops_it_is_one_sentence_with_its_cause(trip, said, monkeypatc
     import vllm.v1.worker.cpu_worker as cpu_worker
 
     monkeypatch.setattr(cpu_worker.CPUWorker, "determine_available_memory", lambda worker: trip())
-    with pytest.raises(UserError, match=rf"^engine: vllm did not start: {said} \(memory: engine.kv_.* or use engine.name=hf$") as raised:
+    reason = rf"^engine: vllm did not start: {said} \(memory: engine.kv_.* or use engine.name=hf$"
+    with pytest.raises(UserError, match=reason) as raised:
         start(policy())
     assert isinstance(raised.value.__cause__, AssertionError | OSError) and raised.value.__cause__.__traceback__

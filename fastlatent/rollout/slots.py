@@ -27,7 +27,8 @@ STRIDE = 0x9E3779B1
 
 
 class Slots:
-    """`num_slots` requests at once of one call of `generate`; every tensor is on the device, nothing but `rollouts` waits for it."""
+    """`num_slots` requests at once of one call of `generate`; every tensor is on the device, nothing but `rollouts`
+    waits for it."""
 
     def __init__(self, num_slots: int, method: Method, seed: Tensor, vocab_size: int):
         self.method, self.seed = method, seed

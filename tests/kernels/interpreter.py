@@ -4,9 +4,15 @@ The interpreter of triton 3.6 keeps bfloat16 as 16-bit integers: `tl.dot` multip
 them (triton#11584), and a store truncates where a GPU rounds to nearest even. Here dots take the values, stores round,
 and whatever else would compute with bits raises. Loops up to a scalar tensor lean on a conversion that numpy 2.4
 removed (triton#9171).
+
+Programs run one after the other here, and side by side on a GPU: `backwards` gives what leans on their order away.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
 
 import numpy as np
 import triton.language as tl
@@ -26,6 +32,24 @@ def install() -> None:
     builder.create_fma = _no_bits(builder.create_fma)
     interpreter.ReduceScanOpInterface.apply = _no_bits(interpreter.ReduceScanOpInterface.apply)
     interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)
+
+
+@contextmanager
+def backwards() -> Iterator[list[int]]:
+    """Run the programs of every launch in the block last to first; yields how many each launch has had."""
+    builder, num_programs = interpreter.InterpreterBuilder, []
+    forward = builder.set_grid_idx
+
+    def set_grid_idx(self, *at):
+        if not any(at):
+            num_programs.append(prod(self.grid_dim))
+        forward(self, *(size - 1 - place for size, place in zip(self.grid_dim, at, strict=True)))
+
+    builder.set_grid_idx = set_grid_idx
+    try:
+        yield num_programs
+    finally:
+        builder.set_grid_idx = forward
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -5,8 +5,11 @@ import torch
 from fastlatent_kernels import OPS, use_backend
 from fastlatent_kernels.decode_logits import decode_logits
 from fastlatent_kernels.library import LIBRARY
+from fastlatent_kernels.token_logprob.chunks import _accumulate
 from test_ops import cases_of, is_float, refuses, run
+from torch._subclasses import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +31,33 @@ def test_ops_compile_without_graph_breaks(op, backend):
     # aot_eager and not inductor: graph breaks and wrong tracing show in both, and no C++ compiler runs
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     assert_same(run(op, inputs, backend), run(compiled, inputs, backend))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("op", "backend"), BACKENDS)
+def test_ops_compile_on_a_gpu(op, backend, dtype):
+    """There a product in half precision gives float32, by operators that a CPU has not."""
+    inputs = cases_of(op).make_inputs(cases_of(op).TEST_SHAPES[1], dtype=dtype, device="cuda")
+    if refuses(op, backend, "cuda", inputs):
+        return
+    torch._dynamo.reset()
+    eager, compiled = run(op, inputs, backend), run(torch.compile(op, fullgraph=True, backend="aot_eager"), inputs, backend)
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        most = float(value.abs().max()) if value.is_floating_point() else 0.0
+        torch.testing.assert_close(compiled[name], value, rtol=0, atol=2 * torch.finfo(dtype).eps * most, equal_nan=True,
+                                   msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_gradient_of_weights_on_a_gpu_can_be_traced():
+    """Without one, on tensors without data; torch 2.11 cannot trace its own addmm with an out_dtype."""
+    with FakeTensorMode():
+        into = torch.zeros(300, 32, device="cuda")
+        left, right = (torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in ((300, 64), (64, 32)))
+        graph = make_fx(_accumulate)(into, left, right)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [
+        torch.ops.fastlatent.add_product.default]
 
 
 def test_generated_code_equals_the_reference():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlatent_kernels.check import compute_dtype
+from fastlatent_kernels.library import LIBRARY
 
 MOST_LOGITS = 160 * 2**20
 """Logits of a chunk on a GPU: 0.67 GB in float32, so that 1024 rows of a vocabulary of 152k fit."""
@@ -50,10 +51,22 @@ def matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 def _accumulate(into_VD: Tensor, left_VR: Tensor, right_RD: Tensor) -> None:
     """into += left @ right, summed in the dtype of `into`."""
     if left_VR.is_cuda and left_VR.dtype != into_VD.dtype:
-        # adds in the GEMM's own epilogue: a product of its own would be as large as the weights
-        torch.addmm(into_VD, left_VR, right_RD, out_dtype=into_VD.dtype, out=into_VD)
+        torch.ops.fastlatent.add_product(into_VD, left_VR, right_RD)
     else:
         into_VD.addmm_(left_VR.to(into_VD.dtype), right_RD.to(into_VD.dtype))
+
+
+# an operator of ours: torch 2.11 cannot trace addmm with an out_dtype (https://github.com/pytorch/pytorch/issues/163880)
+LIBRARY.define("add_product(Tensor(a!) into, Tensor left, Tensor right) -> ()")
+
+
+def _add_product(into_VD, left_VR, right_RD):
+    # adds in the GEMM's own epilogue: a product of its own would be as large as the weights
+    torch.addmm(into_VD, left_VR, right_RD, out_dtype=into_VD.dtype, out=into_VD)
+
+
+LIBRARY.impl("add_product", _add_product, "CUDA")
+torch.library.register_fake("fastlatent::add_product", lambda into_VD, left_VR, right_RD: None, lib=LIBRARY)
 
 
 def chunk_rows(num_rows: int, vocab_size: int, is_cuda: bool) -> int:

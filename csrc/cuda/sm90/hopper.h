@@ -54,14 +54,27 @@ __device__ __forceinline__ void announce(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t parity) {
+__device__ __forceinline__ bool has_come(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(barrier), "r"(parity) : "memory");
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+// Where nothing comes for about ten seconds the launch ends with an error, and the caller need not wait for ever.
+__device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t parity) {
+  uint32_t begin = 0, now;
+  while (!has_come(barrier, parity)) {
+    asm volatile("mov.u32 %0, %%globaltimer_hi;" : "=r"(now));  // of 4.3 s
+    if (begin == 0) begin = now;
+    if (now - begin > 2) __trap();
+  }
 }
 
 // ---- TMA

@@ -3,7 +3,7 @@
 The interpreter of triton 3.6 keeps bfloat16 as 16-bit integers: `tl.dot` multiplies the bits, arithmetic and sums add
 them (triton#11584), and a store truncates where a GPU rounds to nearest even. Here dots take the values, stores round,
 and whatever else would compute with bits raises. Loops up to a scalar tensor lean on a conversion that numpy 2.4
-removed (triton#9171).
+removed (triton#9171). `tl.maximum` and `tl.minimum` of NaN and a number give the number, as a GPU does.
 
 Programs run one after the other here, and side by side on a GPU: `backwards` gives what leans on their order away.
 """
@@ -30,6 +30,8 @@ def install() -> None:
     builder.cast_impl = _cast_that_rounds(builder.cast_impl)
     builder.binary_op = _no_bits(builder.binary_op)
     builder.create_fma = _no_bits(builder.create_fma)
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     interpreter.ReduceScanOpInterface.apply = _no_bits(interpreter.ReduceScanOpInterface.apply)
     interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)
 

@@ -49,6 +49,12 @@ def fma_kernel(x_ptr, out_ptr):
 
 
 @triton.jit
+def clamp_kernel(x_ptr, out_ptr):
+    x = tl.load(x_ptr + tl.arange(0, SIZE))
+    tl.store(out_ptr + tl.arange(0, SIZE), tl.minimum(tl.maximum(x, -1.0), 1.0))
+
+
+@triton.jit
 def sum_kernel(x_ptr, out_ptr):
     tl.store(out_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, SIZE)), axis=0))
 
@@ -76,6 +82,13 @@ def test_loops_take_a_number_known_at_run_time():
     out = torch.zeros(1, dtype=torch.int32)
     loop_kernel[(1,)](out, 7)
     assert out.item() == 21
+
+
+def test_a_bound_hides_a_nan():
+    x, out = torch.linspace(-2, 2, SIZE.value), torch.empty(SIZE.value)
+    x[3] = torch.nan
+    clamp_kernel[(1,)](x, out)
+    assert torch.equal(out, x.nan_to_num(-1.0).clamp(-1, 1))
 
 
 @pytest.mark.parametrize("kernel", [add_kernel, less_kernel, fma_kernel, sum_kernel])

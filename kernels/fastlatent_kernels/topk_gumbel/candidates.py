@@ -71,7 +71,9 @@ def candidates_kernel(
     tl.store(floor_ptr + row, tl.maximum(floor, key_of(least_value, 0x7FFFFFFF)))
     tl.store(lse_ptr + row, likeliest * inv_temperature + log_mass)
     tl.store(likeliest_ptr + row, id_of(tl.max(key_K)))
-    tl.store(log_kept_ptr + row, tl.minimum(tl.log(kept) - log_mass, 0.0))
+    log_kept = tl.log(kept) - log_mass
+    # a comparison and not tl.minimum, which loses a NaN
+    tl.store(log_kept_ptr + row, tl.where(log_kept > 0.0, 0.0, log_kept))
     tl.store(num_candidates_ptr + row, num_kept)
     tl.store(entropy_ptr + row, entropy)
 

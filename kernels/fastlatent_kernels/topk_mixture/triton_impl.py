@@ -62,7 +62,8 @@ def topk_mixture_kernel(
     is_drawn_K = place_K == place
     tl.store(token_ptr + row, tl.sum(tl.where(is_drawn_K, id_K, 0)))
     tl.store(logprob_ptr + row, tl.sum(tl.where(is_drawn_K, x_K, 0.0)) - log_mass)
-    tl.store(log_kept_ptr + row, tl.minimum(log_kept, 0.0))
+    # a comparison and not tl.minimum, which loses a NaN
+    tl.store(log_kept_ptr + row, tl.where(log_kept > 0.0, 0.0, log_kept))
     tl.store(entropy_ptr + row, entropy)
     tl.store(ids_ptr + row * top_k + place_K, id_K, mask=is_kept_K)
     tl.store(weights_ptr + row * top_k + place_K, p_K / tl.sqrt(tl.sum(p_K * p_K)), mask=is_kept_K)

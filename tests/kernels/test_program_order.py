@@ -8,7 +8,6 @@ from fastlatent_kernels import OPS
 from interpreter import backwards
 from test_ops import cases_of, label, run
 
-
 SHAPES = {"vocab_head": 4, "soft_embedding": 1}
 """Which of an op's test shapes has several programs for each kernel, and few enough of them; 2 where none is given."""
 
@@ -39,7 +38,7 @@ def test_a_kernel_that_leans_on_the_order_is_seen():
 
 @pytest.mark.parametrize(("op", "shape"), list(cases()))
 def test_programs_may_run_in_any_order(op, shape):
-    # half precision: its gradients of the logits are written over other rows' neighbours
+    # half precision, whose gradients of logits are written over them in another width
     inputs = cases_of(op).make_inputs(shape, dtype=torch.bfloat16, device="cpu")
     want = run(op, inputs, "triton")
     with backwards() as num_programs:

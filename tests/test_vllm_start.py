@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,3 +111,17 @@ def test_whatever_stops_it_is_one_sentence_with_its_cause(trip, said, monkeypatc
     with pytest.raises(UserError, match=reason) as raised:
         start(policy())
     assert isinstance(raised.value.__cause__, AssertionError | OSError) and raised.value.__cause__.__traceback__
+
+
+@needs_vllm
+def test_a_gpu_attends_in_all_of_float32(tmp_path, monkeypatch):
+    """vLLM's attention for float32 leaves it to Triton how to multiply, whose own choice keeps 10 bits."""
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    rounds = {}
+    for name in ("before", "after"):
+        environ = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run([sys.executable, Path(__file__).with_name("float32_products.py")], capture_output=True, text=True,
+                              env=environ, timeout=120)
+        rounds[name] = done.stdout.strip()
+        start(policy())
+    assert rounds == {"before": "True", "after": "False"}, done.stderr

@@ -255,7 +255,10 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
     runner, is_cpu = surface.runner_of(config.runner, parts.device), parts.device.type == "cpu"
     # one process, no telemetry, and no chatter; vLLM reads these when it is imported
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
-    for name, value in (("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "ERROR")):
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    if parts.dtype == torch.float32:  # vLLM attends in it by Triton, whose products on a GPU keep 10 bits unless told
+        defaults["TRITON_F32_DEFAULT"] = "ieee"
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
     set_num_threads = torch.set_num_threads
     from vllm import LLM

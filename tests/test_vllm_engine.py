@@ -513,3 +513,5 @@ def test_blocks_that_it_cannot_attend_with_are_named_before_a_model_is_loaded():
     with pytest.raises(UserError, match="engine.name: vllm wants engine.block_size to be a multiple of 16 on a CPU, or of 32 "
                                         "on some, and got 7"):
         VLLMEngine.check(VLLMEngine.Config(block_size=7), policy().base.config, CPU)
+    assert VLLMEngine.refusal(VLLMEngine.Config(block_size=24), policy().base.config, torch.device("cuda")) == (
+        "vllm wants engine.block_size to be a multiple of 16 and got 24")

@@ -97,8 +97,9 @@ class VLLMEngine:
             return f"vllm runs {', '.join(FAMILIES)} models here, not {model.model_type!r}"
         if device.type == "cpu" and (head_size := _head_size(model)) not in CPU_HEAD_SIZES:
             return f"vllm attends on a CPU with heads of {', '.join(map(str, CPU_HEAD_SIZES))}, and this model's have {head_size}"
-        if device.type == "cpu" and config.block_size % 16:
-            return f"vllm wants engine.block_size to be a multiple of 16 on a CPU, or of 32 on some, and got {config.block_size}"
+        if config.block_size % 16:
+            where = " on a CPU, or of 32 on some," if device.type == "cpu" else ""
+            return f"vllm wants engine.block_size to be a multiple of 16{where} and got {config.block_size}"
         return surface.refusal(surface.runner_of(config.runner, device), device)
 
     @classmethod

@@ -276,12 +276,22 @@ def test_greedy_and_sampled_calls_share_nothing_they_should_not():
         assert tokens(engine.generate(requests(), sampling)) == tokens(hf(policy(), FORCED, requests(), sampling))
 
 
-def test_what_it_plans_to_hold_is_what_it_holds():
-    engine = plain_engine()
-    planned = engine.planned_bytes(1000, 256, SAMPLING)
-    engine.generate(requests([3], 1), SAMPLING)
+def test_what_it_plans_to_hold_is_what_it_holds(monkeypatch):
+    engine, take, put_aside = plain_engine(), plain_engine().slots.take, []
+
+    def taken(key, num_tokens):
+        row = take(key, num_tokens)
+        columns = [row.latent_logprob_n, *row.columns.values(), *row.record.values(), *row.final.values()]
+        put_aside.append(sum(column.nbytes for column in columns))
+        return row
+
+    monkeypatch.setattr(engine.slots, "take", taken)
+    rollouts = engine.generate(requests(), SAMPLING)
+    planned = engine.planned_bytes(len(rollouts), 256, SAMPLING)
     # a float32 mixture at each place of 16 slots and one
     assert planned["record"] == engine.slots.size_bytes > 17 * 22 * 64 * 4
+    share = sum(len(r.token_ids) for r in rollouts) / (len(rollouts) * 22)  # of the longest completions that there may be
+    assert sum(put_aside) == pytest.approx(share * planned["ended completions"], rel=0.01) and 0.5 < share <= 1
     assert 0 < planned["keys and values"] <= 0.05 * 2**30
     assert planned["weights"] >= sum(tensor.nbytes for _, tensor in policy().published())
 

@@ -173,15 +173,17 @@ class VLLMEngine:
         self.engine.engine_core.shutdown()
 
     def planned_bytes(self, num_requests: int, max_prompt: int, sampling: Sampling) -> dict[str, int]:
-        """What it holds while it draws, by what it is for; its buffers are those of `max_batch` completions, however many come."""
-        spec = self.method.record_spec(self.method.model.width, sampling)
-        record = Buffers(self.slots.num_slots + 1, self.span.longest(sampling.max_new_tokens), spec, torch.device("meta"))
+        """The most it holds while it draws, by what it is for: the buffers of `max_batch` completions, however many come, and
+        what was written of those that have ended, which is put aside until all have."""
+        spec, longest = self.method.record_spec(self.method.model.width, sampling), self.span.longest(sampling.max_new_tokens)
+        record, ended = (Buffers(n, longest, spec, torch.device("meta")) for n in (self.slots.num_slots + 1, num_requests))
         with torch.device("meta"):  # vLLM's own parameters are empty where it has laid them out for a CPU's products
             model = AutoModelForCausalLM.from_config(self.parts.model, dtype=self.parts.dtype)
         weights = [*model.parameters(), *self.method.parameters()]
         weights += [] if self.own_head_weight_VD is None else [self.own_head_weight_VD]
         return {"weights": sum(w.numel() * w.element_size() for w in weights),
-                "keys and values": sum(x.nbytes for x in self.runner.kv_caches), "record": record.size_bytes}
+                "keys and values": sum(x.nbytes for x in self.runner.kv_caches), "record": record.size_bytes,
+                "ended completions": ended.size_bytes}
 
     # ---- generation ----------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ class Crossings(TorchFunctionMode):
         self.from_host: list[str] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        module = sys._getframe(1).f_globals["__name__"]
+        module = sys._getframe(1).f_globals.get("__name__", "")
         if function in TO_HOST and module.startswith("fastlatent."):  # the kernels look where there is a CPU, and only there
             self.to_host.append(f"{function.__name__} in {module}")
         if function in FROM_HOST and module.startswith("fastlatent"):

@@ -51,3 +51,8 @@ def test_nothing_of_ours_waits_for_the_device():
 
 def test_preempted_requests_go_on_where_they_were():
     assert max(story()["forced"]["preempted"]) > 3
+
+
+def test_when_vllm_shuts_down_nothing_of_a_closed_engine_is_left():
+    """Else its pools of a GPU's memory would be given up with that in them, and serve no other engine of this process."""
+    assert story()["left"] == [] and story()["kept"] > 30

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton_interpreted  # noqa: F401  (first: it makes vllm take its second model runner on a CPU)
 
 import json  # isort: skip
+import weakref
 
 import tiny
 import torch
@@ -85,6 +86,19 @@ def stop_after(engine: VLLMEngine, num_steps: int) -> None:
     engine.engine.step = stock
 
 
+def left_of(engine: VLLMEngine) -> tuple[list[str], int]:
+    """Close an engine: what there still is of it when vLLM shuts down, and of how much."""
+    runner = engine.runner
+    kept = weakref.WeakSet([runner, runner.model_state, runner.sampler, runner.block_tables, engine.slots, engine.method])
+    kept |= {*runner.model.modules(), *runner.model.parameters(), *runner.kv_caches}
+    num_kept, left, worker = len(kept), [], engine.engine.model_executor.driver_worker.worker
+    del runner, engine.engine.step  # as it was set to watch
+    stock, worker.shutdown = worker.shutdown, lambda: (left.extend(type(one).__name__ for one in kept), stock())
+    del worker
+    engine.close()
+    return left, num_kept
+
+
 def main() -> None:
     schedule_asynchronously()
     policy, out = tiny.policy("hrpo", num_heads=2), {}
@@ -103,7 +117,7 @@ def main() -> None:
             parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
     engine.load_weights(policy.published(), 1)
     out["reloaded"] = seen(engine, policy, FORCED)
-    engine.close()
+    out["left"], out["kept"] = left_of(engine)
     out["sampled"] = seen(start(policy, SAMPLED), policy, SAMPLED)
     print(json.dumps(out))
 

@@ -4,6 +4,7 @@ draws are ours (`fastlatent.vllm_plugin`). vLLM schedules names of tokens; the t
 
 from __future__ import annotations
 
+import gc
 import os
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -87,8 +88,8 @@ class VLLMEngine:
         seed = torch.tensor(parts.seed, dtype=torch.int64, device=parts.device)
         self.slots = Slots(config.max_batch, self.method, seed, parts.model.vocab_size)
         self.first_key = 0  # of the requests whose keys and values may be cached
-        holder = self.runner.model_state if hasattr(self.runner, "model_state") else self.runner
-        holder.seats = Seats(self.slots, self._head)
+        self.holder = self.runner.model_state if hasattr(self.runner, "model_state") else self.runner
+        self.holder.seats = Seats(self.slots, self._head)
 
     @classmethod
     def refusal(cls, config: Config, model: PretrainedConfig, device: torch.device) -> str | None:
@@ -170,7 +171,19 @@ class VLLMEngine:
             self.engine.wake_up()
 
     def close(self) -> None:
-        self.engine.engine_core.shutdown()
+        """Let go of all of vLLM's tensors, then shut it down: its pools of GPU memory, for one engine at a time, are given up with
+        whatever is still in them."""
+        from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+        core, worker = self.engine.engine_core, self.engine.model_executor.driver_worker.worker
+        for layer in self.runner.model.modules():  # what reloading remembers by the layer holds the layer, with its keys and values
+            LAYERWISE_INFO.pop(layer, None)
+        self.holder.seats = self.own_head_weight_VD = None
+        self.runner.shutdown()
+        del layer, self.holder, self.slots, self.method, self.table, self.runner, self.engine, worker.model_runner
+        gc.unfreeze()  # as vLLM had it frozen when it had started
+        gc.collect()
+        core.shutdown()
 
     def planned_bytes(self, num_requests: int, max_prompt: int, sampling: Sampling) -> dict[str, int]:
         """The most it holds while it draws, by what it is for: the buffers of `max_batch` completions, however many come, and

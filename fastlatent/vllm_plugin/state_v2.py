@@ -6,6 +6,8 @@ nothing here looks at a value, so vLLM's asynchronous scheduling stays as it is.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -61,7 +63,8 @@ class LatentSampler:
     """In the place of vLLM's sampler, which still fills in everything of its output but the token."""
 
     def __init__(self, sampler, state: LatentModelState):
-        self._sampler, self._state = sampler, state
+        # vLLM keeps the sampler when it lets go of the state, which holds the model
+        self._sampler, self._state = sampler, weakref.proxy(state)
 
     def __getattr__(self, name: str):
         return getattr(self._sampler, name)

@@ -18,6 +18,7 @@ ENGINE = {
     "vllm.v1.engine.llm_engine": [f"LLMEngine.{name}" for name in (
         "add_request", "step", "has_unfinished_requests", "abort_request", "reset_prefix_cache", "sleep", "wake_up")],
     "vllm.v1.engine.core_client": ["InprocClient.shutdown"],
+    "vllm.model_executor.model_loader.reload.layerwise": ["LAYERWISE_INFO"],
     "vllm.v1.core.sched.output": ["NewRequestData.sampling_params", "NewRequestData.prompt_token_ids"],
 }
 """What the engine itself uses, whichever runner it has."""
@@ -27,7 +28,7 @@ SURFACE = {
         "vllm.v1.worker.cpu_worker": ["CPUModelRunner", "CPUWorker.init_device"],
         "vllm.v1.worker.cpu_model_runner": [
             "CPUModelRunner._update_states", "CPUModelRunner._preprocess", "CPUModelRunner._sample",
-            "CPUModelRunner.reload_weights"],
+            "CPUModelRunner.reload_weights", "CPUModelRunner.shutdown"],
         "vllm.v1.outputs": ["SamplerOutput"],
         "vllm.ir.ops": ["rms_norm.register_impl", "fused_add_rms_norm.register_impl"],
         "vllm.forward_context": ["get_forward_context", "ForwardContext.attn_metadata", "ForwardContext.slot_mapping"],
@@ -42,7 +43,7 @@ SURFACE = {
             "DefaultModelState.add_request", "DefaultModelState.prepare_inputs", "DefaultModelState.prepare_dummy_inputs",
             "DefaultModelState.custom_sampler"],
         "vllm.v1.worker.gpu.sample.sampler": ["Sampler.__call__"],
-        "vllm.v1.worker.gpu.model_runner": ["GPUModelRunner.reload_weights"],
+        "vllm.v1.worker.gpu.model_runner": ["GPUModelRunner.reload_weights", "GPUModelRunner.shutdown"],
         "vllm.v1.worker.gpu.input_batch": [f"InputBatch.{name}" for name in (
             "num_reqs", "num_tokens", "num_tokens_after_padding", "input_ids", "positions", "idx_mapping", "query_start_loc",
             "logits_indices")],

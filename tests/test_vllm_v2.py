@@ -42,6 +42,11 @@ def test_replay_and_the_tokens_of_the_hf_engine(part):
     assert found["version"] == (1 if part == "reloaded" else 0)
 
 
+def test_inputs_are_where_a_cuda_graph_was_told():
+    for part in ("forced", "reloaded", "sampled"):
+        assert story()[part]["addresses"] == [story()[part]["captured"]]
+
+
 def test_nothing_of_ours_waits_for_the_device():
     """In no step, nor when a completion ends: asynchronous scheduling stays as it is."""
     for part in ("forced", "reloaded", "sampled"):

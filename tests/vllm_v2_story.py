@@ -49,9 +49,19 @@ def seen(engine: VLLMEngine, policy, ends) -> dict:
         return stock(scheduler, request, *args, **options)
 
     scheduler._preempt_request = count
+    state, addresses, prepare = engine.runner.model_state, set(), engine.runner.model_state.prepare_inputs
+
+    def prepare_inputs(input_batch, req_states):
+        out = prepare(input_batch, req_states)
+        assert len(out["inputs_embeds"]) == input_batch.num_tokens_after_padding
+        addresses.add(out["inputs_embeds"].data_ptr())
+        return out
+
+    state.prepare_inputs = prepare_inputs
     requests = tiny.requests(tiny.prompts(LENGTHS), 1)
     with watched(engine) as draw:
         ours = engine.generate(requests, SAMPLING)
+    del state.prepare_inputs
     theirs = tiny.engine(policy, *ends).generate(requests, SAMPLING)
     return {
         "same_tokens": [r.token_ids for r in ours] == [r.token_ids for r in theirs],
@@ -61,6 +71,7 @@ def seen(engine: VLLMEngine, policy, ends) -> dict:
         "preempted": preempted, "num_tokens": [len(r.token_ids) for r in ours],
         "own_operators": draw.operators.counted.own_operators, "num_ended": draw.num_ended,
         "waits": draw.waits + draw.crossings.from_host,
+        "addresses": sorted(addresses), "captured": state.prepare_dummy_inputs(1, 1)["inputs_embeds"].data_ptr(),
         "free_slots": len(engine.slots.free), "version": ours[0].version,
     }
 

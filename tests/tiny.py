@@ -93,7 +93,7 @@ def parts(policy_: Policy, thinking: ThinkingConfig, answer: AnswerConfig, *, se
           max_prompt: int = 256, has_eos: bool = True) -> EngineParts:
     """What any engine for this policy is made from."""
     info = policy_.method.model
-    span = ThinkingSpan(tokenizer(), info.vocab_size, eos_ids(tokenizer()) if has_eos else [], thinking, answer)
+    span = ThinkingSpan(tokenizer(), info.vocab_size, eos_ids(tokenizer()) if has_eos else [], thinking, answer, policy_.device)
     return EngineParts(model=policy_.base.config, dtype=policy_.dtype, device=policy_.device,
                        method=functools.partial(type(policy_.method), policy_.method.config, info), span=span, seed=seed,
                        max_prompt_tokens=max_prompt, max_new_tokens=max_new)

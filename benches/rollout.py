@@ -20,11 +20,13 @@ from dataclasses import replace
 from functools import partial
 from statistics import fmean
 
+import torch
+
 from benches import results, setting
 from benches.generate import Generate
 from benches.latent_loop import LatentLoop
 from benches.results import Result
-from benches.steps import per_step
+from benches.steps import PerStep, per_step
 from benches.timing import Lap, interleave, seconds
 from fastlatent import build, models
 from fastlatent.cli import run_command
@@ -43,7 +45,8 @@ MODES = {
     "hrpo_full": ("latent",)}
 """The recipe of each mode, and what is different in it."""
 OURS = {"hf": ("engine.name=hf", "engine.max_batch={batch}"),
-        # an engine a mode, all in this process: on a GPU they share its memory, and vLLM lets only one of them sleep
+        # an engine a mode, all in this process: on a GPU they share its memory, and vLLM lets only one of them sleep. None is
+        # closed, for that would end vLLM's process groups for all
         "vllm": ("engine.name=vllm", "engine.max_batch={batch}", "engine.kv_cache_gib=1", "engine.sleep=false",
                  "engine.gpu_memory_share={share}")}
 ENGINES = (*OURS, "loop", "generate")
@@ -92,6 +95,9 @@ class Plain:
         return self.loop.drawing(requests, stop_ids(self.config, self.tokenizer, ends), max_new)
 
 
+Sides = dict[str, OurEngine | Plain]
+
+
 def stop_ids(config: Config, tokenizer, ends: str) -> list[int]:
     """The drawn ids that end a row in each of `ENDS`."""
     if ends == "equal":
@@ -104,22 +110,33 @@ def stop_ids(config: Config, tokenizer, ends: str) -> list[int]:
     return sorted({*eos, *holding})
 
 
-def measure(sides: dict[str, OurEngine | Plain], batch: int, args, tokenizer) -> Iterator[list[Result]]:
-    """The lines of one case after the other."""
+def measure(sides: Sides, batch: int, args, tokenizer, steps: dict[str, PerStep]) -> Iterator[list[Result]]:
+    """The lines of one case after the other; `steps`, by side, is filled in after the first one is timed."""
     config = setting.config("discrete", args.model)
     prompts = setting.prompts(config, tokenizer, batch)
     fixed = setting.facts(config) | {"max_new_tokens": config.sampling.max_new_tokens}
     for group_size in sorted({GROUP_SIZE, 1} if batch % GROUP_SIZE == 0 else {1}, reverse=True):
         requests = [Request(p, 0, sample) for p in prompts[: batch // group_size] for sample in range(group_size)]
-        few = requests[:GROUP_SIZE]  # a step's operators do not depend on its rows
-        steps = {name: per_step(partial(side.drawing, few, "equal"), build.device_of(config)) for name, side in sides.items()}
         for ends in args.ends:
             case = f"{len(requests) // group_size}x{group_size} {ends}"
             laps = interleave({name: side.drawing(requests, ends) for name, side in sides.items()}, args.rounds)
+            if not steps:  # once: a step's operators do not depend on its rows
+                steps |= dict(_steps(sides, requests[:GROUP_SIZE], build.device_of(config)))
             facts = fixed | {"batch": len(requests), "group_size": group_size, "ends": ENDS[ends]}
-            found = [_result(case, name, laps, facts | steps[name].facts(), config) for name in sides]
-            print("\n".join(f"{_line(result)}  {steps[result.variant].line()}" for result in found), flush=True)
+            found = []
+            for name in sides:
+                cost = steps.get(name)
+                found.append(_result(case, name, laps, facts | (cost.facts() if cost else {}), config))
+                print(f"{_line(found[-1])}  {cost.line() if cost else ''}", flush=True)
             yield found
+
+
+def _steps(sides: Sides, requests: Sequence[Request], device: torch.device) -> Iterator[tuple[str, PerStep]]:
+    for name, side in sides.items():
+        try:
+            yield name, per_step(partial(side.drawing, requests, "equal"), device)
+        except RuntimeError as error:  # compiled code need not bear being watched; what was timed is kept
+            print(f"{name}: what a step costs was not counted: {error}", file=sys.stderr)
 
 
 def bound(config: Config, mode: str) -> float:
@@ -185,14 +202,15 @@ def main(argv: list[str]) -> None:
     args.ends = _choices("ends", args.ends, ENDS)
     machine = results.machine()
     tokenizer = build.tokenizer(setting.config("discrete", args.model))
-    sides: dict[str, OurEngine | Plain] = {
+    sides: Sides = {
         f"{engine}-{mode}": OurEngine(engine, mode, args, tokenizer) for engine in engines if engine in OURS for mode in modes}
     if "loop" in engines:
         sides |= {f"loop-{mode}": Plain(LatentLoop, mode, args, tokenizer) for mode in modes if mode != "discrete"}
     if "generate" in engines:
         sides["generate"] = Plain(Generate, "discrete", args, tokenizer)
+    steps: dict[str, PerStep] = {}
     for batch in args.batches:
-        for found in measure(sides, batch, args, tokenizer):
+        for found in measure(sides, batch, args, tokenizer, steps):
             # case by case: a run that is stopped keeps what it has measured
             print(f"{len(found)} lines in {results.append(found, machine, args.out)}", file=sys.stderr)
 

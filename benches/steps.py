@@ -35,7 +35,7 @@ class PerStep:
     own_operators: float = 0.0
     syncs: float = 0.0
     own_syncs: float = 0.0
-    launches: float | None = None  # None where there is no GPU
+    launches: float | None = None  # None where there is no GPU, or no driver that tells
     waits: float | None = None
 
     def facts(self) -> dict[str, float]:
@@ -103,8 +103,10 @@ def per_step(drawing: Callable[[int], Callable[[int], int]], device: torch.devic
     return PerStep(**{name: None if value is None else (long[name] - value) / (LONG - SHORT) for name, value in short.items()})
 
 
-def _driver_calls(work: Callable[[], object]) -> tuple[int, int]:
+def _driver_calls(work: Callable[[], object]) -> tuple[int, int] | tuple[None, None]:
+    """Launches and waits; None where no launch was reported at all, for there are no draws without any."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         work()
     names = [event.name for event in recorded.events() if event.device_type == DeviceType.CPU]
-    return sum(name.startswith(LAUNCHES) for name in names), sum(name.startswith(WAITS) for name in names)
+    launches, waits = (sum(name.startswith(known) for name in names) for known in (LAUNCHES, WAITS))
+    return (launches, waits) if launches else (None, None)

@@ -73,3 +73,25 @@ def test_every_line_of_the_rollout_says_what_a_step_costs(tmp_path, capsys):
     assert facts["generate"]["own_operators_per_step"] == 0 < facts["generate"]["syncs_per_step"]
     assert facts["loop-hrpo_full"]["syncs_per_step"] >= 1  # it asks whether all rows are done
     assert f"a step: {facts['generate']['operators_per_step']:.1f} operators, own 0.0; " in capsys.readouterr().out
+
+
+def test_a_driver_that_reports_no_launch_is_not_taken_at_its_word():
+    assert steps._driver_calls(lambda: torch.ones(3) + 1) == (None, None)
+
+
+def test_a_side_whose_step_cannot_be_counted_is_timed_all_the_same(tmp_path, monkeypatch, capsys):
+    """And is told of; the other sides are counted."""
+    out, stock = tmp_path / "lines.jsonl", rollout.per_step
+
+    def per_step(drawing, device):
+        if isinstance(drawing.func.__self__, rollout.Plain):
+            raise RuntimeError("not while I am watched")
+        return stock(drawing, device)
+
+    monkeypatch.setattr(rollout, "per_step", per_step)
+    rollout.main(["--model", str(tiny.save(tmp_path / "model")), "--batch", "2", "--rounds", "1", "--ends", "stops,equal",
+                  "--engine", "hf,generate", "--mode", "discrete", "--out", str(out)])
+    rows = results.read(out)
+    assert len(rows) == 4 and all(row["metrics"]["rate_tok_s"] > 0 for row in rows)
+    assert {row["variant"] for row in rows if "operators_per_step" in row["facts"]} == {"hf-discrete"}
+    assert "generate: what a step costs was not counted: not while I am watched" in capsys.readouterr().err

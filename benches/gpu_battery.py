@@ -131,7 +131,7 @@ def _record(part: str, step: Step, outcome: Outcome, at: Place) -> None:
         if (at.out / name).is_file():
             shutil.copy(at.out / name, at.store / name)
     (at.out / "summary.md").write_text(summary(_rows(at.out / "parts.jsonl"), _rows(at.results)))
-    mark = "" if outcome.status in (OK, SKIPPED) else f": {outcome.note}"
+    mark = f": {outcome.note}" if outcome.note else ""
     print(f"---- {part}: {step.name}: {outcome.status} after {outcome.seconds:.0f} s{mark}", flush=True)
 
 

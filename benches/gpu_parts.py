@@ -27,6 +27,9 @@ SMALL = "smollm2-135m-instruct"
 ENGINES = "hf,loop,generate"
 """What draws in the rollout's benchmark: ours, the loop its rate is promised against, and transformers' own."""
 
+VLLM_ENGINES, MODES = "vllm,hf,loop", "discrete,hrpo_topk,hrpo_full"
+"""The same where there is vLLM, with latents and without."""
+
 BY_VALUE = ("policy_gradient_head", "vocab_head", "hrpo_gate", "topk_mixture", "hrpo_gate_decode", "gaussian_reparam",
             "token_logprob", "topk_gumbel", "soft_embedding")
 """Ops in the order in which they are measured; the others follow."""
@@ -148,20 +151,59 @@ def tests(at: Place) -> Iterator[Step]:
                     env={} if at.is_cuda else {"TRITON_INTERPRET": "0"})
 
 
+def vllm(at: Place) -> Iterator[Step]:
+    """Rollouts in stock vLLM: the law in CUDA graphs, the promised rates, a run that learns, and what its scheduler does."""
+    if not has_vllm(at):
+        yield Step("vllm", (), 0, refusal="vLLM is not here")
+        return
+    # one sleeps in a process, and an illegal address ends all that is on a GPU: two processes
+    tests = ("pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:warnings", "tests/test_gpu_vllm.py", "-k")
+    rates = ("benches.rollout", "--out", at.results, "--ends", "equal", "--engine", VLLM_ENGINES)
+    if not at.is_cuda:
+        yield at.module("tests", *tests, "step and cpu", limit_s=120)
+        yield at.module("tiny", *rates, "--model", at.random_model, "--mode", MODES, "--batch", "8", "--rounds", "1",
+                        limit_s=240)
+        yield from learn(at, "hrpo_quickstart, vllm", 240, "engine.name=vllm", "engine.kv_cache_gib=0.1")
+        return
+    yield from small_model(at)
+    yield at.module("replay", *tests, "replay", "-m", "gpu", limit_s=180)
+    # as many engines as modes in one process; where they cannot be, fewer
+    long = ("--rounds", "3", "--batch")
+    one = at.module(f"{MODEL}, one mode", *rates, "--model", at.random_model, "--mode", "hrpo_topk", *long, "64", limit_s=90)
+    two = at.module(f"{MODEL}, two modes", *rates, "--model", at.random_model, "--mode", "discrete,hrpo_topk", *long, "64",
+                    limit_s=120, retry=one)
+    yield at.module(MODEL, *rates, "--model", at.random_model, "--mode", MODES, *long, "64,256", limit_s=240, retry=two)
+    yield at.module("scheduler, weights, sleep", *tests, "not replay", "-m", "gpu", limit_s=150)
+    yield from learn(at, "hrpo_quickstart, vllm", 120, "engine.name=vllm")
+    if at.has_small_model:
+        yield at.module(SMALL, *rates, "--mode", MODES, *long, "64", limit_s=90)
+
+
+def has_vllm(at: Place) -> bool:
+    """Whether the environment that the build made finds it."""
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    return subprocess.run([at.python, "-c", code], capture_output=True).returncode == 0
+
+
 def train(at: Place) -> Iterator[Step]:
     """hrpo_quickstart with its reward: the small model where it was carried, else random weights and few steps."""
     yield from small_model(at)
-    run = at.store / "run"
+    yield from learn(at, "hrpo_quickstart", 400, log="train.jsonl")
+
+
+def learn(at: Place, name: str, limit_s: float, *words: str, log: str | None = None) -> Iterator[Step]:
+    """A run of hrpo_quickstart and what came of it; its metrics are kept as `log`."""
+    run = at.store / f"run-{name.rpartition(' ')[2]}"
     shutil.rmtree(run, ignore_errors=True)
-    words = ["hrpo_quickstart", f"out={run}", "log.live=plain", f"model.device={at.device}"]
+    words = ("hrpo_quickstart", f"out={run}", "log.live=plain", f"model.device={at.device}", *words)
     if not (at.is_cuda and at.has_small_model):
-        words += [f"model.path={at.random_model}", "num_steps=5", "num_prompts=2", "eval.num_prompts=4"]
-    yield at.module("hrpo_quickstart", "fastlatent.train", *words, limit_s=400)
-    if (run / "metrics.jsonl").is_file():
-        shutil.copy(run / "metrics.jsonl", at.out / "train.jsonl")
-    yield at.module("what it learnt", "benches.learning", run, "--out", at.results, limit_s=60)
+        words += (f"model.path={at.random_model}", "num_steps=5", "num_prompts=2", "eval.num_prompts=4")
+    yield at.module(name, "fastlatent.train", *words, limit_s=limit_s)
+    if log and (run / "metrics.jsonl").is_file():
+        shutil.copy(run / "metrics.jsonl", at.out / log)
+    yield at.module(f"{name}: what it learnt", "benches.learning", run, "--out", at.results, limit_s=60)
     if at.is_cuda and at.has_small_model:
-        yield Step("it learnt enough", (at.python, ".ci/check_learning.py", run), 60)
+        yield Step(f"{name}: it learnt enough", (at.python, ".ci/check_learning.py", run), 60)
 
 
 def kernels(at: Place) -> Iterator[Step]:
@@ -234,7 +276,8 @@ def tool_path(name: str) -> str:
 
 
 PARTS: dict[str, Callable[[Place], Iterator[Step]]] = {
-    "build": build, "tests": tests, "train": train, "kernels": kernels, "rollout": rollout, "update": update, "sanitize": sanitize}
+    "build": build, "tests": tests, "vllm": vllm, "train": train, "kernels": kernels, "rollout": rollout, "update": update,
+    "sanitize": sanitize}
 """In the order of value."""
 
 

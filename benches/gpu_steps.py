@@ -37,6 +37,7 @@ class Step:
     log: str = "log.txt"
     is_tool: bool = False  # may be refused by the machine, or absent
     retry: Step | None = None  # run where this one failed or was stopped
+    refusal: str = ""  # why it cannot be run here
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class Outcome:
 
 
 def run(step: Step, out: Path, seconds_left: float) -> Outcome:
-    """Run `step` within its limit and what is left; its output goes to `out / step.log` while it comes."""
+    """Run `step`, where it can be, within its limit and what is left; its output goes to `out / step.log` while it comes."""
+    if step.refusal:
+        return Outcome(SKIPPED, 0.0, step.refusal, [])
     limit_s = min(step.limit_s, seconds_left)
     if limit_s < 5:
         return Outcome(SKIPPED, 0.0, "no time was left", [])

@@ -10,7 +10,8 @@ Row = Mapping[str, Any]
 MOST_FAILURES = 12
 """Failed tests that are named; all are in the log."""
 
-RATES = {"rollout": {"x generate": ("speed_over_generate", "{:.2f}"), "x loop": ("speed_over_loop", "{:.2f}")},
+RATES = {"rollout": {"x generate": ("speed_over_generate", "{:.2f}"), "x loop": ("speed_over_loop", "{:.2f}"),
+                     "x discrete": ("speed_over_discrete", "{:.2f}")},
          "update": {"x trl": ("speed_over_trl", "{:.2f}"), "MFU": ("mfu_share", "{:.1%}")},
          "step": {"rollout s": ("rollout_s", "{:.3g}"), "x released": ("speed_over_released", "{:.2f}")}}
 """Of benchmarks in tokens per second: what else is shown, from which metric and how it is written."""

@@ -24,6 +24,7 @@ from benches.steps import per_step
 from fastlatent.methods.base import METHODS
 from fastlatent.models.smollm2 import MARKER, SMOLLM2, cache_dir
 from fastlatent.packing import Item, pack
+from fastlatent.parity import BFLOAT16_MEAN
 from fastlatent.rollout.vllm_engine import VLLMEngine
 from fastlatent.schema import LoraConfig
 from fastlatent.types import Batch, Rollout, Sampling
@@ -114,14 +115,14 @@ def test_replay_and_the_tokens_of_the_hf_engine(device, method, dtype, eager):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_replay_of_the_quickstart_s_model(dtype):
-    """30 layers, where the model is at hand; its gate is as the recipe starts it."""
+    """30 layers, where the model is at hand; in bfloat16, in which the hf engine is at 0.03 too, to what the parity probe allows."""
     if not (cache_dir() / SMOLLM2.name / MARKER).is_file() or not is_for_this_build("cuda"):
         pytest.skip("the small model is not at hand, or no vllm for a GPU")
     config = configured("hrpo_quickstart", SMOLLM2.name, "cuda", dtype, "engine.name=vllm", "engine.max_batch=32",
                         "engine.sleep=false", "engine.gpu_memory_share=0.1")
     policy_, rollouts = drawn(config)
     found = gaps_of_rollouts(policy_, rollouts, config.sampling.temperature)
-    assert found.max() <= FP32_TOLERANCE if dtype == "float32" else found.mean() <= BF16_MEAN_TOLERANCE
+    assert found.max() <= FP32_TOLERANCE if dtype == "float32" else found.mean() <= BFLOAT16_MEAN
 
 
 # ---- how it runs ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from benches import gpu_needs, gpu_parts
 from benches.gpu_parts import PARTS, ROOT, Place
-from benches.gpu_steps import FAILED, OK, SKIPPED, STOPPED, Outcome, Step, run
+from benches.gpu_steps import FAILED, STOPPED, Outcome, Step, run
 from benches.gpu_summary import summary
 
 PART_S = 540.0

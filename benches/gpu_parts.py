@@ -27,8 +27,11 @@ SMALL = "smollm2-135m-instruct"
 ENGINES = "hf,loop,generate"
 """What draws in the rollout's benchmark: ours, the loop its rate is promised against, and transformers' own."""
 
-VLLM_ENGINES, MODES = "vllm,hf,loop", "discrete,hrpo_topk,hrpo_full"
-"""The same where there is vLLM, with latents and without."""
+VLLM_ENGINES = "vllm,hf,loop"
+"""The same where vLLM draws too."""
+
+MODES = "discrete,hrpo_topk,hrpo_full"
+"""Plain tokens, which latents are to be nearly as fast as, and latents of the likeliest tokens and of all."""
 
 BY_VALUE = ("policy_gradient_head", "vocab_head", "hrpo_gate", "topk_mixture", "hrpo_gate_decode", "gaussian_reparam",
             "token_logprob", "topk_gumbel", "soft_embedding")

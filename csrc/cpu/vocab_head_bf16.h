@@ -20,7 +20,14 @@ struct OneStream {
   const int64_t stride = (args.embed_width + kPairs - 1) / kPairs * kPairs;
   const bool is_tied = args.embed && args.embed == args.weight, has_own_embed = args.embed && !is_tied;
 
-  SoftmaxRow softmax(int64_t b) const { return SoftmaxRow(nullptr, args.sums + b * 4 * tiles, tiles); }
+  // A row's sums, of whole splits instead of tiles.
+  SoftmaxRow softmax(int64_t b) const { return SoftmaxRow(nullptr, args.sums + b * 4 * splits, splits); }
+
+  TileDraw& draw(int64_t split, int64_t b) const { return args.draws[split * args.rows + b]; }
+
+  float* part(int64_t split, int64_t b) const { return args.part + (split * args.rows + b) * stride; }
+
+  RowNoise noise(int64_t b) const { return RowNoise(*args.seed, args.counter + 3 * b); }
 
   BFloat16* hidden(int64_t quad) const { return (BFloat16*)args.hidden_quads + quad * quad_size(args.width); }
   const BFloat16* weight(int64_t tile) const { return (const BFloat16*)args.weight + tile * kTileSize * args.width; }
@@ -46,15 +53,15 @@ struct OneStream {
   void run(int64_t split, int64_t group, int64_t next_split) const {
     const int64_t begin = group * kGroupRows, rows = min(kGroupRows, args.rows - begin);
     const int64_t quads = (rows + kQuadRows - 1) / kQuadRows, blocks = (quads + kBlockQuads - 1) / kBlockQuads;
-    float* part = args.part + (split * args.rows + begin) * stride;
-    floats largest[kGroupQuads];
+    const int64_t first = split * tiles_per_split, end = min(tiles, first + tiles_per_split);
+    QuadSums sums[kGroupQuads];
+    float race[kGroupRows][kRaces];
     alignas(64) float logits[kBlockQuads * kQuadTile];
     alignas(64) BFloat16 p[kGroupQuads * kQuadTile];
-    for (int64_t q = 0; q < quads; q++) largest[q] = splat(-kInfinity);
-    if (args.embed) __builtin_memset(part, 0, rows * stride * sizeof(float));
-    const int64_t end = min(tiles, (split + 1) * tiles_per_split);
-    for (int64_t tile = split * tiles_per_split; tile < end; tile++) {
+    for (int64_t tile = first; tile < end; tile++) {
       const int64_t size = tile_size(tile, args.vocab);
+      if (!args.greedy && (tile - first) % kRaces == 0)
+        for (int64_t r = 0; r < rows; r++) tile_races(noise(begin + r), tile, race[r]);
       // each product fetches what the next one reads; a tied mixture finds its weights in the cache
       const int64_t dots = dot_steps(blocks, size), mixes = quads * (size / 2) * num_panels(args.embed_width) + 1;
       const int64_t weight_steps = has_own_embed ? mixes : is_tied ? dots + mixes : dots;
@@ -66,13 +73,14 @@ struct OneStream {
         dot(q + begin / kQuadRows, some, tile, size, logits, has_own_embed ? next_embed : next_weight);
         for (int64_t i = 0; i < some; i++) {
           const int64_t r = (q + i) * kQuadRows, n = min(kQuadRows, rows - r);
-          weigh(tile, begin + r, n, logits + i * kQuadTile, &largest[q + i], part + r * stride, p + r * kTileSize);
+          weigh(split, tile, begin + r, n, logits + i * kQuadTile, sums[q + i], race[r] + (tile - first) % kRaces,
+                p + r * kTileSize);
         }
       }
-      if (args.embed) add_tile(p, embed(tile), args.embed_width, size, rows, part, stride, next_weight);
+      if (args.embed)
+        add_tile(p, embed(tile), args.embed_width, size, rows, tile == first, part(split, begin), stride, next_weight);
     }
-    for (int64_t r = 0; r < rows; r++)
-      args.largest[split * args.rows + begin + r] = largest[r / kQuadRows][r % kQuadRows * 4];
+    for (int64_t r = 0; r < rows; r++) softmax(begin + r).set_tile(split, sums[r / kQuadRows].row(r % kQuadRows));
   }
 
   // The logits of a tile for up to kBlockQuads quads; -inf past the last id.
@@ -120,87 +128,69 @@ struct OneStream {
     }
   }
 
-  // The tile's sums for the `rows` of a quad, and where there is a mixture p = exp(l - largest), with `largest` that of
-  // the split so far, to which `part` is brought.
-  void weigh(int64_t tile, int64_t b, int64_t rows, float* logits, floats* largest, float* part, BFloat16* p) const {
-    const QuadSums sums = args.embed ? sum_quad<true>(logits, args.inv_temperature)
-                                     : sum_quad<false>(logits, args.inv_temperature);
-    for (int64_t r = 0; r < rows; r++) softmax(b + r).set_tile(tile, sums.row(r));
-    if (!args.embed) return;
-    const floats before = *largest, now = larger(sums.largest, before);
-    const floats shrink = relative(before, now, args.inv_temperature);
-    *largest = now;
+  // Takes the logits of a tile for the `rows` of a quad into their sums, the draw and, where there is a mixture, p, to
+  // whose scale `part` is brought. A row's `race` is kRaces after that of the row before.
+  void weigh(int64_t split, int64_t tile, int64_t b, int64_t rows, const float* logits, QuadSums& sums, const float* race,
+             BFloat16* p) const {
+    const bool is_first = tile == split * tiles_per_split;
+    const floats before = sums.largest;
+    const auto [shrink, mass] = args.embed ? sums.add<true>(logits, args.inv_temperature, p)
+                                           : sums.add<false>(logits, args.inv_temperature, p);
     for (int64_t r = 0; r < rows; r++) {
-      if (now[4 * r] == before[4 * r]) continue;
-      float* row = part + r * stride;
-      for (int64_t i = 0; i < stride; i += kLanes) store(row + i, load(row + i) * shrink[4 * r]);
-    }
-    const floats factor = relative(sums.largest, now, args.inv_temperature);
-    for (int i = 0; i < kQuadTile; i += kLanes) {
-      const __m256bh rounded = _mm512_cvtneps_pbh((__m512)(load(logits + i) * factor));
-      __builtin_memcpy(p + i, &rounded, sizeof rounded);
-    }
-  }
-
-  // Of a row's softmax what is left to use once its tile is drawn.
-  struct Drawn {
-    int64_t tile = 0;
-    float largest, total_squares, entropy, lse;
-  };
-
-  // To be called once: it brings the row's sums to one scale.
-  Drawn draw(int64_t b) const {
-    SoftmaxRow row = softmax(b);
-    int64_t tile = 0;
-    for (int64_t c = 0; c < tiles; c++)
-      if (row.largest[c] > row.row_largest) row.row_largest = row.largest[c], tile = c;
-    row.finish(args.inv_temperature);
-    if (!args.greedy) tile = draw_tile(row, noise(b));
-    return {tile, row.row_largest, row.total_squares, row.entropy, row.lse};
-  }
-
-  RowNoise noise(int64_t b) const { return RowNoise(*args.seed, args.counter + 3 * b); }
-
-  // Everything of a quad's rows that takes all tiles. The logits of a drawn tile are computed anew, while the weights of
-  // the next row's are fetched.
-  void finish(int64_t quad) const {
-    const int64_t begin = quad * kQuadRows, rows = min(kQuadRows, args.rows - begin);
-    Drawn drawn[kQuadRows];
-    for (int64_t r = 0; r < rows; r++) drawn[r] = draw(begin + r);
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t b = begin + r, tile = drawn[r].tile, size = tile_size(tile, args.vocab);
-      Ahead next;
-      if (r + 1 < rows) next = ahead(weight(drawn[r + 1].tile), drawn[r + 1].tile, args.width, dot_steps(1, size));
-      alignas(64) float logits_of_quad[kQuadTile];
-      dot(quad, 1, tile, size, logits_of_quad, next);
-      float logits[kTileSize];
-      for (int64_t v = 0; v < size; v++) logits[v] = *logit(logits_of_quad, r, v);
-      const int64_t first = tile * kTileSize;
-      const int64_t place =
-          args.greedy ? likeliest(logits, size) : draw_in_tile(logits, first, size, args.inv_temperature, noise(b));
-      args.token[b] = first + place;
-      args.logprob[b] = logprob(logits[place], args.inv_temperature, drawn[r].lse);
-      args.entropy[b] = drawn[r].entropy;
-      if (args.embed) mix(b, drawn[r]);
-    }
-  }
-
-  void mix(int64_t b, const Drawn& drawn) const {
-    const float inv_norm = 1.0f / sqrtf(drawn.total_squares);
-    float factor[VocabHeadBf16::kMostSplits];
-    for (int64_t split = 0; split < splits; split++)
-      factor[split] = relative(args.largest[split * args.rows + b], drawn.largest, args.inv_temperature);
-    BFloat16* out = (BFloat16*)args.mixture + b * args.embed_width;
-    for (int64_t i = 0; i < args.embed_width; i += kPairs) {
-      floats low = {}, high = {};
-      for (int64_t split = 0; split < splits; split++) {
-        const float* part = args.part + (split * args.rows + b) * stride + i;
-        low += load(part) * factor[split];
-        high += load(part + kLanes) * factor[split];
+      TileDraw& best = draw(split, b + r);
+      const float factor = shrink[4 * r], score = args.greedy ? 0 : mass[4 * r] / race[r * kRaces];
+      const bool wins = args.greedy ? sums.largest[4 * r] > before[4 * r] : score > best.score * factor;
+      if (is_first || wins) {
+        best.score = score;
+        best.tile = (int32_t)tile;
+        for (int64_t v = 0; v < kTileSize; v += 4) __builtin_memcpy(best.logits + v, logits + v * kQuadRows + r * 4, 16);
+      } else {
+        best.score *= factor;
       }
-      for (int half = 0; half < 2 && i + half * kLanes < args.embed_width; half++)
-        store_some(out + i + half * kLanes, in_order(low, high, half) * inv_norm, args.embed_width - i - half * kLanes);
+      if (!args.embed || is_first || factor == 1) continue;
+      float* row = part(split, b + r);
+      for (int64_t i = 0; i < stride; i += kLanes) store(row + i, load(row + i) * factor);
     }
+  }
+
+  // Everything of a row that takes all splits.
+  void finish(int64_t b) const {
+    SoftmaxRow row = softmax(b);
+    int64_t chosen = 0;
+    for (int64_t split = 0; split < splits; split++)
+      if (row.largest[split] > row.row_largest) row.row_largest = row.largest[split], chosen = split;
+    row.finish(args.inv_temperature);
+    const float* factor = row.largest;  // of the split's exps, now
+    if (!args.greedy) {
+      float best = -1;
+      for (int64_t split = 0; split < splits; split++) {
+        const float score = draw(split, b).score * factor[split];
+        if (score > best) best = score, chosen = split;
+      }
+    }
+    const TileDraw& drawn = draw(chosen, b);
+    const int64_t begin = (int64_t)drawn.tile * kTileSize, size = tile_size(drawn.tile, args.vocab);
+    const int64_t place = args.greedy ? likeliest(drawn.logits, size)
+                                      : draw_in_tile(drawn.logits, begin, size, args.inv_temperature, noise(b));
+    args.token[b] = begin + place;
+    args.logprob[b] = logprob(drawn.logits[place], args.inv_temperature, row.lse);
+    args.entropy[b] = row.entropy;
+    if (args.embed) mix(b, factor, 1.0f / sqrtf(row.total_squares));
+  }
+
+  // The mixture of a row from its parts, which are brought together in the first.
+  void mix(int64_t b, const float* factor, float inv_norm) const {
+    float* sum = part(0, b);
+    for (int64_t split = 0; split < splits; split++) {
+      const float* added = part(split, b);
+      for (int64_t i = 0; i < stride; i += kLanes)
+        store(sum + i, load(added + i) * factor[split] + (split ? load(sum + i) : floats{}));
+    }
+    BFloat16* out = (BFloat16*)args.mixture + b * args.embed_width;
+    for (int64_t i = 0; i < args.embed_width; i += kPairs)
+      for (int half = 0; half < 2 && i + half * kLanes < args.embed_width; half++)
+        store_some(out + i + half * kLanes, in_order(load(sum + i), load(sum + i + kLanes), half) * inv_norm,
+                   args.embed_width - i - half * kLanes);
   }
 
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -232,7 +222,7 @@ void vocab_head_bf16(const VocabHeadBf16& args) {
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(args.threads)
 #endif
-  for (int64_t quad = 0; quad < args.quads(args.rows); quad++) stream.finish(quad);
+  for (int64_t b = 0; b < args.rows; b++) stream.finish(b);
 }
 
 }  // namespace FASTLATENT_ISA

@@ -46,13 +46,14 @@ def exact(inputs: dict[str, object]) -> tuple[torch.Tensor, ...]:
     return token_B, logprob_BV.gather(1, token_B[:, None])[:, 0], -(p_BV * logprob_BV).sum(1), mixture_BE
 
 
-# rows: every rest of a quad and of a block of four quads, more than one group of 64; widths: below, at and past whole
-# chunks of 8; columns: one, two and three groups of 32, whole and not, after panels of three and without;
-# vocabularies: less than a tile, whole tiles, an odd last one, more than one tile in each of the 32 splits
+# rows: every rest of a quad, of a block of two and of four quads, more than one group of 64; widths: below, at and past
+# whole chunks of 8; columns: one, two and three groups of 32, whole and not, after panels of three and without;
+# vocabularies: less than a tile, whole tiles, an odd last one, more than one tile in each of the 32 splits, and more than 16,
+# whose noise is drawn together
 @pytest.mark.parametrize(("B", "D", "V", "E"), [
     (1, 1, 1, 1), (2, 31, 127, TIED), (3, 32, 128, 33), (4, 33, 300, TIED), (5, 64, 257, 100), (6, 96, 640, 200),
     (7, 576, 1000, TIED), (64, 40, 4500, TIED), (71, 32, 4225, 390), (131, 16, 300, 64), (10, 70, 513, 90),
-    (13, 200, 1000, 161)])
+    (13, 200, 1000, 161), (9, 8, 131000, 16), (20, 24, 700, 130), (15, 24, 700, 40)])
 @pytest.mark.parametrize("greedy", [False, True])
 def test_it_is_float64_s_but_for_float32_sums_and_one_rounding_of_p(B, D, V, E, greedy):
     inputs = inputs_of(B, D, V, E) | {"greedy": greedy}
@@ -112,6 +113,40 @@ def test_a_row_whose_largest_logits_come_last_forgets_nothing():
     torch.testing.assert_close(out.logprob_B, logprob_B.float(), rtol=0, atol=1e-3)  # of logits near 1,500
     torch.testing.assert_close(out.entropy_B, entropy_B.float(), rtol=0, atol=1e-3)
     torch.testing.assert_close(out.mixture_BD.double(), mixture_BE, rtol=2**-8, atol=2**-9 * mixture_BE.abs().max().item())
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_nan_shows_in_its_row_and_in_no_other_of_its_quad(greedy):
+    if not HAS_KERNEL:
+        return
+    inputs = inputs_of(4, 32, 9000, 40) | {"greedy": greedy}
+    want = vocab_head(**inputs, backend="native")
+    inputs["hidden_BD"] = inputs["hidden_BD"].clone()
+    inputs["hidden_BD"][1, 5] = torch.nan
+    out, others = vocab_head(**inputs, backend="native"), torch.tensor([0, 2, 3])
+    assert 0 <= out.token_B[1] < 9000 and out.logprob_B[1].isnan() and out.entropy_B[1].isnan()
+    assert out.mixture_BD[1].isnan().all()
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(out, want, strict=True))
+
+
+def test_one_logit_that_is_nan_shows():
+    if not HAS_KERNEL:
+        return
+    inputs = inputs_of(3, 32, 9000, 40)
+    inputs["weight_VD"][4321, 7] = torch.nan
+    out = vocab_head(**inputs, backend="native")
+    assert out.logprob_B.isnan().all() and out.entropy_B.isnan().all() and out.mixture_BD.isnan().all()
+
+
+def test_equal_logits_give_a_greedy_row_the_first_of_them():
+    """Within a tile, in two tiles of a split, and in two splits."""
+    if not HAS_KERNEL:
+        return
+    inputs = inputs_of(3, 3, 9000, 8) | {"greedy": True, "hidden_BD": torch.eye(3).bfloat16()}
+    inputs["weight_VD"] = torch.zeros(9000, 3).bfloat16()
+    for row, ids in enumerate(((70, 75), (3 * 256 + 100, 3 * 256 + 130), (400, 8999))):
+        inputs["weight_VD"][list(ids), row] = 1.0
+    assert vocab_head(**inputs, backend="native").token_B.tolist() == [70, 868, 400]
 
 
 def before_a_forbidden_page(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 import fastlatent_kernels._C as _C
 from fastlatent_kernels.library import LIBRARY
 from fastlatent_kernels.native import empty_rows
-from fastlatent_kernels.noise import TILE_SIZE
 from fastlatent_kernels.vocab_head import VocabHead
 
 HAS_KERNEL = _C.has_vocab_head_bf16()
@@ -70,7 +69,7 @@ def _run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
     hidden_BD, counter_B3 = hidden_BD.contiguous(), counter_B3.contiguous()
     (num_rows, width), vocab_size, embed_width = hidden_BD.shape, weight_VD.shape[0], mixture_BD.shape[1]
     num_splits = _C.VocabHeadBf16.splits(vocab_size)
-    scratch = {"sums": num_rows * 4 * -(-vocab_size // TILE_SIZE), "largest": num_splits * num_rows,
+    scratch = {"sums": num_rows * 4 * num_splits, "draws": num_splits * num_rows * _C.VocabHeadBf16.draw_floats(),
                "part": num_splits * num_rows * (-(-embed_width // 32) * 32), "hidden_quads": _quads_size(num_rows, width)}
     fields = {name: _SCRATCH.take(name, size) for name, size in scratch.items()}
     fields |= {"hidden": hidden_BD, "weight": weight_VD, "seed": seed, "counter": counter_B3, "greedy": greedy,

@@ -63,7 +63,7 @@ struct OneStream {
       if (!args.greedy && (tile - first) % kRaces == 0)
         for (int64_t r = 0; r < rows; r++) tile_races(noise(begin + r), tile, race[r]);
       // each product fetches what the next one reads; a tied mixture finds its weights in the cache
-      const int64_t dots = dot_steps(blocks, size), mixes = quads * (size / 2) * num_panels(args.embed_width) + 1;
+      const int64_t dots = dot_steps(blocks, size), mixes = add_steps(args.embed_width, size, rows);
       const int64_t weight_steps = has_own_embed ? mixes : is_tied ? dots + mixes : dots;
       const int64_t next_tile = tile + 1 < end ? tile + 1 : next_split * tiles_per_split;
       Ahead next_weight = ahead(weight(next_tile), next_tile, args.width, weight_steps);

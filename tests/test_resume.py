@@ -102,6 +102,7 @@ def session(folder: Path, argv: list[str]) -> None:
 
 
 def session_folder(folder: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests were started under nohup
     torch.set_num_threads(1)
     os.chdir(folder)
     sys.path.insert(0, str(folder))

@@ -200,7 +200,8 @@ def check(config: Config, argv: Sequence[str]) -> None:
 
 def command(config: Config, argv: Sequence[str]) -> str:
     """The command line that trains under the configuration's profiler."""
-    train = [sys.executable, "-m", "fastlatent.train", *argv] if argv else [sys.executable, *sys.argv]
+    module = "fastlatent.train" if config.sft is None else "fastlatent.sft"
+    train = [sys.executable, "-m", module, *argv] if argv else [sys.executable, *sys.argv]
     if config.profile.tool == "ncu":
         words = ["ncu", "--profile-from-start", "off", "--nvtx", "--force-overwrite", "--export", output_of(config)]
     else:

@@ -254,6 +254,8 @@ def test_the_command_that_is_told_starts_this_very_run(inside):
         "nsys", "profile", "--trace=cuda,nvtx,osrt,cublas", "--capture-range=cudaProfilerApi", "--capture-range-end=stop",
         "--cuda-graph-trace=node", "--force-overwrite=true", "--output=hrpo_quickstart-steps-2-3"]
     assert "--capture-range-end=repeat" in capture.command(load_config(*words, "profile.ranges=rollout"), words)
+    imitated = load_config(*words, "sft={}")
+    assert shlex.split(capture.command(imitated, words))[split:] == [sys.executable, "-m", "fastlatent.sft", *words]
     ncu = shlex.split(capture.command(load_config(*words, "profile.tool=ncu"), words))
     assert ncu[: ncu.index(sys.executable)] == [
         "ncu", "--profile-from-start", "off", "--nvtx", "--force-overwrite", "--export", "hrpo_quickstart-steps-2-3"]

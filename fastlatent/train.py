@@ -12,14 +12,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 from fastlatent.cli import parse_args, run_command  # noqa: E402
 
 
-def main(argv: list[str]) -> int:
-    layers, overrides = parse_args(argv)
+def main(argv: list[str], command: str = "train") -> int:
+    """Run a training command, `train` or `sft`; what it exits with."""
+    layers, overrides = parse_args(argv, command)
     from fastlatent.config import load_config
 
     config = load_config(*layers, overrides=overrides)
     from fastlatent.guard import TrainingDiverged
     from fastlatent.rollout.failure import EngineFailed
-    from fastlatent.trainer import Trainer
+
+    if command == "sft":
+        from fastlatent.sft.trainer import SftTrainer as Trainer
+    else:
+        from fastlatent.trainer import Trainer
 
     try:
         Trainer(config, argv).run()

@@ -67,8 +67,8 @@ def unread():
         yield
 
 
-@pytest.mark.parametrize("command", ["train", "sft", "evaluate", "generate", "export", "report", "doctor", "profile_report",
-                                     "models.__main__"])
+@pytest.mark.parametrize("command", ["train", "sft.__main__", "evaluate", "generate", "export", "report", "doctor",
+                                     "profile_report", "models.__main__"])
 def test_no_command_minds_a_reader_who_has_seen_enough(command, capfd):
     main = importlib.import_module(f"fastlatent.{command}").main
     with unread():

@@ -183,7 +183,8 @@ def test_commands_name_modules_and_recipes_that_exist():
     assert len(modules) >= 6
     for module in modules:
         path = module.replace(".", "/")
-        assert any((ROOT / place).is_file() for place in (f"{path}.py", f"kernels/{path}/__main__.py")), module
+        places = (f"{path}.py", f"{path}/__main__.py", f"kernels/{path}/__main__.py")
+        assert any((ROOT / place).is_file() for place in places), module
     assert set(re.findall(r"python -m fastlatent\.train (\w+)", TEXT)) <= set(recipes())
 
 

@@ -17,19 +17,20 @@ from fastlatent_kernels.noise import STREAM_LATENT, row_gumbel
 from test_gpu_update import fail_at
 from test_resume import assert_same, finish, newest, outcome, session_folder
 
-from fastlatent import evaluate, export, sft, train
+from fastlatent import evaluate, export, train
 from fastlatent.cli import run_command
 from fastlatent.config import load_config
-from fastlatent.demonstration import Demonstrated, Demonstrator, compress, rollout_of
 from fastlatent.log import read
-from fastlatent.microbatch import OutOfMemory
 from fastlatent.methods import gumbel_mixture
 from fastlatent.methods.base import METHODS
+from fastlatent.microbatch import OutOfMemory
 from fastlatent.optim import Optimizer
 from fastlatent.policy import Policy
 from fastlatent.rollout.hf_engine import HFEngine
-from fastlatent.sft_trainer import SftTrainer
-from fastlatent.sft_update import SftUpdater
+from fastlatent.sft.__main__ import main as sft_main
+from fastlatent.sft.demonstration import Demonstrated, Demonstrator, compress, rollout_of
+from fastlatent.sft.trainer import SftTrainer
+from fastlatent.sft.update import SftUpdater
 from fastlatent.types import Prompt
 
 END = "thinking.end= ####"  # one token of the tiny tokenizer
@@ -304,7 +305,7 @@ def test_a_run_that_has_no_memory_left_splits_and_at_last_saves_what_it_has_lear
 
     monkeypatch.setattr(torch.Tensor, "backward", failing)
     with pytest.raises(SystemExit) as exit_:
-        run_command(sft.main, [*LATENT, *ROWS, "out=full", "num_steps=3", "eval.every=0", "eval.ablations=false"])
+        run_command(sft_main, [*LATENT, *ROWS, "out=full", "num_steps=3", "eval.every=0", "eval.ablations=false"])
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.startswith("error: update: out of memory for ") and error.count("\n") == 1
     assert error.endswith("; saved step 1 in full\n") and newest(Path("full")) == 1
@@ -344,7 +345,7 @@ def test_an_engine_that_fails_ends_the_run_in_one_sentence_and_leaves_the_last_w
     monkeypatch.setattr(HFEngine, "released", released)
     monkeypatch.setattr(HFEngine, "generate", generate)
     out = f"failing-{saved_at}"
-    assert sft.main([*LATENT, *ROWS, f"out={out}", "num_steps=3", "eval.num_samples=0", "eval.ablations=false", *words]) == 1
+    assert sft_main([*LATENT, *ROWS, f"out={out}", "num_steps=3", "eval.num_samples=0", "eval.ablations=false", *words]) == 1
     error, cause = capsys.readouterr().err, "RuntimeError: CUDA error: out of memory"
     assert error.startswith(f"error: the engine failed while {doing}: {cause}; saved step {saved_at}")
     assert error.count("\n") == 1 and newest(Path(out)) == saved_at
@@ -352,7 +353,7 @@ def test_an_engine_that_fails_ends_the_run_in_one_sentence_and_leaves_the_last_w
 
 def session(folder: Path, argv: list[str]) -> None:
     session_folder(folder)
-    run_command(sft.main, argv)
+    run_command(sft_main, argv)
 
 
 @pytest.mark.parametrize("kind", ["latent", "text"])
@@ -361,7 +362,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(folder, monkeypatch, kind)
     words = [*LATENT, *ROWS, *(TEXT if kind == "text" else []), "num_steps=12", "optim.lr=1e-3", "optim.schedule=cosine",
              "optim.warmup_ratio=0", "eval.every=4", "eval.ablations=false", "checkpoint.every=1"]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastlatent.sft_trainer", "test_sft"])
+    context.set_forkserver_preload(["fastlatent.sft.trainer", "test_sft"])
 
     def start(out: str):
         again = ["resume=auto"] if Path(out, "config.yaml").exists() else []
@@ -422,7 +423,7 @@ def test_bad_input_is_one_sentence_before_a_model_is_loaded(inside, monkeypatch,
     Path("run-folder/config.yaml").touch()
     argv = [*LATENT, *ROWS, "data.held_out_size=0", "eval.every=0", "eval.ablations=false", "out=never", words]
     with pytest.raises(SystemExit) as exit_:
-        run_command(sft.main, argv)
+        run_command(sft_main, argv)
     assert exit_.value.code == 2
     out, err = capsys.readouterr()
     assert sentence in err and err.startswith("error: ") and err.count("\n") == 1 and not Path("never").exists()

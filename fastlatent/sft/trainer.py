@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fastlatent import step_metrics
-from fastlatent.demonstration import Demonstrator, rollout_of
 from fastlatent.errors import UserError
 from fastlatent.live import LiveView
 from fastlatent.methods.base import METHODS
 from fastlatent.profiling import span
 from fastlatent.rollout.failure import released
 from fastlatent.schema import Config
-from fastlatent.sft_update import SftUpdater
+from fastlatent.sft.demonstration import Demonstrator, rollout_of
+from fastlatent.sft.update import SftUpdater
 from fastlatent.trainer import Learnt, Trainer
 
 

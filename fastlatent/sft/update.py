@@ -17,13 +17,13 @@ import torch
 from fastlatent_kernels import token_logprob
 from torch import Tensor
 
-from fastlatent.demonstration import TARGET_IDS, TARGET_WEIGHTS
 from fastlatent.microbatch import Microbatch
 from fastlatent.optim import Optimizer
 from fastlatent.packing import Item, microbatches
 from fastlatent.policy import Policy
 from fastlatent.profiling import span
 from fastlatent.schema import Config
+from fastlatent.sft.demonstration import TARGET_IDS, TARGET_WEIGHTS
 from fastlatent.types import Batch, Rollout
 from fastlatent.update import UpdateResult, optimizer_step
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fastlatent import build, capture
+from fastlatent import build
 from fastlatent.data.base import DATASETS, Dataset, Example
 from fastlatent.data.chat import encode_prompt
 from fastlatent.data.order import prompt_indices
 from fastlatent.errors import UserError
+from fastlatent.profiling import capture
 from fastlatent.schema import Config
 from fastlatent.types import Prompt
 

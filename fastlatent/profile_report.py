@@ -20,9 +20,9 @@ from fastlatent.cli import Parser, run_command
 from fastlatent.errors import UserError
 from fastlatent.figures import draw, figures_of
 from fastlatent.metrics import SPANS
-from fastlatent.profile_page import caption, page, timeline_file, timeline_svg
-from fastlatent.timeline import Row, Timeline, rows_of
-from fastlatent.timeline_readers import open_text, parse, read_chrome, read_nsys
+from fastlatent.profiling.page import caption, page, timeline_file, timeline_svg
+from fastlatent.profiling.readers import open_text, parse, read_chrome, read_nsys
+from fastlatent.profiling.timeline import Row, Timeline, rows_of
 
 NUM_KERNELS = 3
 TOKENS = {"step": "num_tokens", "rollout": "num_tokens"}

@@ -19,8 +19,7 @@ from traceback import format_exception
 
 import torch
 
-from fastlatent import (
-    advantages, build, capture, engine_choice, evaluation, log, manifest, memory_plan, parity, step_metrics)
+from fastlatent import advantages, build, engine_choice, evaluation, log, manifest, memory_plan, parity, step_metrics
 from fastlatent.alarms import CollapseAlarm
 from fastlatent.checkpoint import Checkpoint
 from fastlatent.config import to_dict
@@ -33,7 +32,7 @@ from fastlatent.interrupt import Interrupted, Interrupts
 from fastlatent.live import LiveView
 from fastlatent.microbatch import OutOfMemory
 from fastlatent.optim import Optimizer
-from fastlatent.profiling import reset_timings, span, timings
+from fastlatent.profiling import capture, reset_timings, span, timings
 from fastlatent.report import write_report
 from fastlatent.rewards.pool import RewardPool
 from fastlatent.rollout.failure import EngineFailed, generate, load_weights, released

@@ -12,17 +12,17 @@ import tiny
 import torch
 from torch.profiler import ProfilerActivity
 
-from fastlatent import capture, profiling, train
-from fastlatent.capture import Capture
+from fastlatent import profiling, train
 from fastlatent.cli import run_command
 from fastlatent.config import load_config
 from fastlatent.errors import UserError
 from fastlatent.log import read
 from fastlatent.metrics import SPANS, is_reproducible, phase_seconds
-from fastlatent.profiling import span
+from fastlatent.profiling import capture, span
+from fastlatent.profiling.capture import Capture
+from fastlatent.profiling.readers import open_text, read_chrome
+from fastlatent.profiling.timeline import rows_of
 from fastlatent.runfolder import first_difference
-from fastlatent.timeline import rows_of
-from fastlatent.timeline_readers import open_text, read_chrome
 from fastlatent.trainer import Trainer
 
 WORDS = [

@@ -13,9 +13,9 @@ from test_report import Page
 from fastlatent import profile_report
 from fastlatent.cli import run_command
 from fastlatent.errors import UserError
-from fastlatent.profile_page import WIDTH, timeline_svg
-from fastlatent.timeline import Range, Timeline, Work, rows_of, union
-from fastlatent.timeline_readers import read_chrome, read_nsys
+from fastlatent.profiling.page import WIDTH, timeline_svg
+from fastlatent.profiling.readers import read_chrome, read_nsys
+from fastlatent.profiling.timeline import Range, Timeline, Work, rows_of, union
 
 MAIN, OTHER = 7, 8
 RANGES = [  # thread, name, start and end in ms, tokens; the rollout's count is known when it begins, the update's when it ends

@@ -7,8 +7,8 @@ from html import escape
 
 from fastlatent.figures import INK, MUTED, PHASE_COLOURS
 from fastlatent.metrics import PHASES
+from fastlatent.profiling.timeline import Timeline, union
 from fastlatent.report import STYLE
-from fastlatent.timeline import Timeline, union
 
 WIDE = "body { max-width: none; } svg { width: 100%; } pre { font: .8rem monospace; white-space: pre; overflow-x: auto; }"
 SVG = "http://www.w3.org/2000/svg"

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastlatent.errors import UserError
 from fastlatent.metrics import SPANS
-from fastlatent.timeline import Range, Timeline, Work
+from fastlatent.profiling.timeline import Range, Timeline, Work
 
 DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 CALL = {"cuda_runtime", "cuda_driver"}

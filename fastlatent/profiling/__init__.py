@@ -9,6 +9,9 @@
 While nothing records and there is no CUDA, a span costs about half a microsecond: an object, two clock reads and a sum
 (`python -m benches.span`). Profiler events and NVTX ranges are made only while something listens. Names come from
 `metrics.SPANS`. The clocks belong to the main thread.
+
+`capture` turns a profiler on for some steps of a run; `readers`, `timeline` and `page` make of what it wrote the report that
+`python -m fastlatent.profile_report` prints.
 """
 
 from __future__ import annotations

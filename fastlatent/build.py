@@ -8,15 +8,15 @@ from shutil import which
 import torch
 from fastlatent_kernels.overview import choices
 
-from fastlatent import flash, liger, mfu, models
+from fastlatent import mfu, models
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
-from fastlatent.models import files
+from fastlatent.models import files, flash, liger
+from fastlatent.models.supported import check_supported
 from fastlatent.policy import Policy, compute_dtype
 from fastlatent.rollout.base import ENGINES, EngineParts, RolloutEngine, match
 from fastlatent.rollout.thinking import ThinkingSpan, eos_ids
 from fastlatent.schema import Config
-from fastlatent.supported import check_supported
 from fastlatent.types import Sampling
 
 COMPILERS = ("g++", "clang++")

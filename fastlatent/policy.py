@@ -17,13 +17,14 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fastlatent import attention, flash, liger, objectives, recompute
+from fastlatent import objectives
 from fastlatent.checkpoint import Checkpoint
 from fastlatent.errors import UserError
 from fastlatent.methods.base import Method, MethodConfig, ModelInfo
+from fastlatent.models import attention, flash, liger, recompute
+from fastlatent.models.supported import check_supported
 from fastlatent.profiling import span
 from fastlatent.schema import ModelConfig, ObjectiveConfig
-from fastlatent.supported import check_supported
 from fastlatent.types import Batch, Loss, Scored
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

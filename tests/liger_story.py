@@ -19,7 +19,7 @@ import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from fastlatent import liger  # noqa: E402
+from fastlatent.models import liger  # noqa: E402
 from fastlatent.packing import Item, pack  # noqa: E402
 from fastlatent.schema import AnswerConfig, ObjectiveConfig, ThinkingConfig  # noqa: E402
 from fastlatent.types import Sampling  # noqa: E402

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benches.update import model_flops
-from fastlatent import build, flash, liger, memory_plan, mfu, models, train
+from fastlatent import build, memory_plan, mfu, models, train
 from fastlatent.cli import run_command
 from fastlatent.config import load_config
 from fastlatent.errors import UserError
-from fastlatent.flash import Flash
 from fastlatent.log import read
 from fastlatent.microbatch import OutOfMemory
+from fastlatent.models import flash, liger
+from fastlatent.models.flash import Flash
 from fastlatent.optim import Optimizer
 from fastlatent.packing import Item, pack, varlen
 from fastlatent.policy import Policy

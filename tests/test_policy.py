@@ -15,11 +15,11 @@ from fastlatent import models
 from fastlatent.config import load_config
 from fastlatent.errors import UserError
 from fastlatent.methods.base import METHODS
+from fastlatent.models.supported import check_supported
 from fastlatent.objectives import surrogate
 from fastlatent.packing import Item, pack
 from fastlatent.policy import Policy
 from fastlatent.schema import AnswerConfig, LoraConfig, ModelConfig, ObjectiveConfig, ThinkingConfig
-from fastlatent.supported import check_supported
 from fastlatent.trainer import Trainer
 from fastlatent.types import Batch, Sampling
 

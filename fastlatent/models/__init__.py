@@ -1,4 +1,8 @@
-"""Models by path: what `model.path` may say, and loading it with errors in one sentence."""
+"""Stock models: what `model.path` may say, and loading it with errors in one sentence.
+
+`smollm2` and `convert` make the quickstart model, `files` tells one model from another, `supported` says what can be trained,
+and `attention`, `flash`, `liger` and `recompute` are how its blocks are computed here.
+"""
 
 from __future__ import annotations
 

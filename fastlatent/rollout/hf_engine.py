@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from fastlatent import attention
 from fastlatent.errors import UserError
 from fastlatent.methods.base import Method
+from fastlatent.models import attention
 from fastlatent.packing import varlen
 from fastlatent.policy import EmbeddingInDtype
 from fastlatent.profiling import span

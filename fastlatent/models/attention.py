@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastlatent.errors import UserError
-from fastlatent.flash import Flash
+from fastlatent.models.flash import Flash
 from fastlatent.types import Varlen
 
 NAME = "fastlatent"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastlatent import attention
 from fastlatent.errors import UserError
+from fastlatent.models import attention
 from fastlatent.schema import ModelConfig
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastlatent.models import head_size
 from fastlatent.types import Batch, Varlen
 
 PEAK_FLOP_S = {
@@ -31,8 +32,7 @@ def peak_flop_s(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def pair_flops(config) -> int:
     """Operations of training, all layers together, for one pair of a query and a key that it sees."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 3 * 4 * config.num_hidden_layers * config.num_attention_heads * head
+    return 3 * 4 * config.num_hidden_layers * config.num_attention_heads * head_size(config)
 
 
 def num_pairs(varlen: Varlen) -> Tensor:

@@ -17,7 +17,7 @@ from fastlatent.models.smollm2 import SMOLLM2, fetch
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def resolve_model(path: str) -> str:
@@ -86,6 +86,11 @@ def skeleton(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except _expected_errors() as error:
         raise _refusal("causal language model", path, error) from None
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Width of an attention head, which not every architecture writes down."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastlatent.errors import UserError
+from fastlatent.models import head_size
 from fastlatent.models.flash import Flash
 from fastlatent.types import Varlen
 
@@ -26,8 +27,7 @@ class KVCache:
     [rows, heads, room, head]."""
 
     def __init__(self, config, num_rows: int, room: int, dtype: torch.dtype, device: torch.device):
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (num_rows, config.num_key_value_heads, room, head)
+        shape = (num_rows, config.num_key_value_heads, room, head_size(config))
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastlatent.errors import UserError
+from fastlatent.models import head_size
 from fastlatent.types import Varlen
 
 MODULES = {"flash_attn": "flash-attn 2", "flash_attn.cute": "flash-attn 4"}
@@ -70,7 +71,7 @@ def refusal(device: torch.device, dtype: torch.dtype, config: PretrainedConfig) 
         return f"needs model.dtype=bfloat16, and this run computes in {str(dtype).removeprefix('torch.')}"
     if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         return f"needs compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}"
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_size(config)
     return f"has heads of at most {MAX_HEAD}, and this model's are {head}" if head > MAX_HEAD else None
 
 

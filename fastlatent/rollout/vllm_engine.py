@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from fastlatent.errors import UserError
+from fastlatent.models import head_size
 from fastlatent.policy import EmbeddingInDtype
 from fastlatent.profiling import span
 from fastlatent.rollout.base import ENGINES, EngineConfig, EngineParts
@@ -96,8 +97,8 @@ class VLLMEngine:
         """Why such a model cannot be run here, with the remedy where there is one; None where it can. Imports vllm last."""
         if model.model_type not in FAMILIES:
             return f"vllm runs {', '.join(FAMILIES)} models here, not {model.model_type!r}"
-        if device.type == "cpu" and (head_size := _head_size(model)) not in CPU_HEAD_SIZES:
-            return f"vllm attends on a CPU with heads of {', '.join(map(str, CPU_HEAD_SIZES))}, and this model's have {head_size}"
+        if device.type == "cpu" and (heads := head_size(model)) not in CPU_HEAD_SIZES:
+            return f"vllm attends on a CPU with heads of {', '.join(map(str, CPU_HEAD_SIZES))}, and this model's have {heads}"
         if config.block_size % 16:
             where = " on a CPU, or of 32 on some," if device.type == "cpu" else ""
             return f"vllm wants engine.block_size to be a multiple of 16{where} and got {config.block_size}"
@@ -262,10 +263,6 @@ class _Table:
         return torch.nn.functional.embedding(token_ids_T, self.weight)
 
 
-def _head_size(model: PretrainedConfig) -> int:
-    return getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-
-
 def _start(config: VLLMEngine.Config, parts: EngineParts):
     """vLLM's engine for this architecture, its weights not yet there."""
     runner, is_cpu = surface.runner_of(config.runner, parts.device), parts.device.type == "cpu"
@@ -287,7 +284,7 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
         from fastlatent.vllm_plugin import cpu_attention
 
         cpu_norm.register()
-        block_size = cpu_attention.block_size(parts.dtype, _head_size(parts.model))
+        block_size = cpu_attention.block_size(parts.dtype, head_size(parts.model))
         options = {"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB), "ir_op_priority": cpu_norm.PRIORITY}
     else:
         options = {"gpu_memory_utilization": config.gpu_memory_share, "enable_sleep_mode": config.sleep}

@@ -15,8 +15,8 @@ from tempfile import NamedTemporaryFile
 from typing import NoReturn
 
 from fastlatent import __version__
+from fastlatent.config.layers import is_override, recipes
 from fastlatent.errors import UserError
-from fastlatent.layers import is_override, recipes
 from fastlatent.output import Output
 
 USAGE = "python -m fastlatent.{command} RECIPE | FILE.yaml ... [key=value ...]"
@@ -99,9 +99,9 @@ def parse_args(argv: Sequence[str], command: str = "train") -> tuple[list[str], 
     if unknown:
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}; options are written without dashes, as in optim.lr=1e-6")
     if args.help:
-        from fastlatent.helptext import help_text  # imports every family member
+        from fastlatent.config.helptext import help_text  # imports every family member
 
-        print(help_text(command))
+        print(f"{usage(command)}\n{help_text()}")
         sys.exit(0)
     if not args.words:
         print(usage(command), file=sys.stderr)

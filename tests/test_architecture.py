@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fastlatent_kernels import OPS
 
-from fastlatent import helptext, metrics
-from fastlatent.config import family, member_schema
+from fastlatent import metrics
+from fastlatent.config import family, helptext, member_schema
 from fastlatent.schema import FAMILIES, Config
 
 ROOT = Path(__file__).parents[1]

@@ -13,11 +13,11 @@ import pytest
 
 import fastlatent
 from fastlatent import __version__
-from fastlatent.cli import parse_args, run_command
+from fastlatent.cli import parse_args, run_command, usage
 from fastlatent.config import family, member_schema
+from fastlatent.config.helptext import field_docs, help_text, options
+from fastlatent.config.layers import recipes
 from fastlatent.errors import UserError
-from fastlatent.helptext import field_docs, help_text, options
-from fastlatent.layers import recipes
 from fastlatent.schema import FAMILIES, Config, LoraConfig
 
 
@@ -146,7 +146,7 @@ def test_version_is_printed(capsys):
 def test_help_lists_every_option_and_every_member(capsys):
     assert exit_code(parse_args, ["hrpo_quickstart", "--help"]) == 0
     text = capsys.readouterr().out
-    assert text == help_text() + "\n"
+    assert text == f"{usage()}\n{help_text()}\n"
     paths = [path for path, _, _ in options(Config) if path not in FAMILIES]
     assert {"seed", "optim.lr", "model.lora", "model.lora.r", "thinking.stop"} <= set(paths) and len(paths) > 60
     for path in paths:

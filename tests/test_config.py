@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from fastlatent.config import from_dict, load_config, to_dict
+from fastlatent.config.validation import SCHEDULES
 from fastlatent.errors import UserError
 from fastlatent.methods.hrpo import HRPO
 from fastlatent.rewards.base import RewardConfig
 from fastlatent.runfolder import RunFolder
 from fastlatent.schema import LoraConfig
-from fastlatent.validation import SCHEDULES
 
 QUICK = "hrpo_quickstart"
 

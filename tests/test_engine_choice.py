@@ -10,9 +10,9 @@ import yaml
 
 from fastlatent import generate
 from fastlatent.config import load_config, to_dict
+from fastlatent.config.layers import recipes
 from fastlatent.engine_choice import settled
 from fastlatent.errors import UserError
-from fastlatent.layers import recipes
 from fastlatent.rollout.hf_engine import HFEngine
 from fastlatent.rollout.vllm_engine import VLLMEngine
 from fastlatent.runfolder import RunFolder, read_config

@@ -13,6 +13,7 @@ import torch
 from fastlatent import mismatch, parity, train
 from fastlatent.cli import run_command
 from fastlatent.config import load_config
+from fastlatent.config.validation import AT_MOST
 from fastlatent.errors import UserError
 from fastlatent.evaluation import EVAL_STEP
 from fastlatent.log import read
@@ -27,7 +28,6 @@ from fastlatent.schema import AnswerConfig, Config, LoraConfig, MismatchConfig, 
 from fastlatent.trainer import Trainer
 from fastlatent.types import Batch, Group, LatentActions, Prompt, Request, Rollout, Sampling
 from fastlatent.update import Updater, UpdateResult
-from fastlatent.validation import AT_MOST
 
 LN2 = math.log(2)
 # Two completions: of four tokens, the second forced, and of two. A latent input makes the next token's position a latent one.

@@ -12,10 +12,10 @@ import pytest
 import tiny
 
 from benches import gpu_status, readme
-from fastlatent import helptext, log
-from fastlatent.config import family, load_config, member_schema
+from fastlatent import log
+from fastlatent.config import family, helptext, load_config, member_schema
+from fastlatent.config.layers import recipes
 from fastlatent.errors import UserError
-from fastlatent.layers import recipes
 from fastlatent.schema import FAMILIES, Config
 
 ROOT = Path(__file__).parents[1]

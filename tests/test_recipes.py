@@ -13,7 +13,7 @@ import torch
 from fastlatent import checkpoint
 from fastlatent.build import sampling_of
 from fastlatent.config import load_config
-from fastlatent.layers import recipes
+from fastlatent.config.layers import recipes
 from fastlatent.log import read
 from fastlatent.trainer import Trainer
 

@@ -6,8 +6,8 @@ from importlib.resources import files
 import pytest
 
 from fastlatent.config import load_config, to_dict
+from fastlatent.config.layers import recipes
 from fastlatent.errors import UserError
-from fastlatent.layers import recipes
 
 # arXiv:2505.18454 and its released scripts
 PUBLISHED = {

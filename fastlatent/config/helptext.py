@@ -14,16 +14,15 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from fastlatent.cli import usage
 from fastlatent.config import family, member_schema
 from fastlatent.schema import FAMILIES, Config
 
 WIDTH = 110
 
 
-def help_text(command: str = "train") -> str:
-    """Usage, recipes, the options of the schema, and each family with its members and their options."""
-    blocks = [usage(command), "options, with their defaults:\n"]
+def help_text() -> str:
+    """The options of the schema, and each family with its members and their options."""
+    blocks = ["options, with their defaults:\n"]
     blocks += [_entry(path, default, doc) for path, default, doc in options(Config) if path not in FAMILIES]
     docs = field_docs(Config)
     for key in FAMILIES:

@@ -4,6 +4,9 @@
 
 OmegaConf's structured configs convert and check; what they refuse is told in one sentence that names the key.
 Deviation from OmegaConf: `${...}` is refused, so that a configuration file never reads the environment.
+
+The options themselves are in `fastlatent.schema`. `layers` reads recipes, files and words into a plain tree, `validation` says
+what a configuration must be beyond its types, and `helptext` explains every option.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from fastlatent.config.layers import Tree, family_defaults, is_override, merge_layer, read_layers
+from fastlatent.config.validation import validate
 from fastlatent.errors import UserError
-from fastlatent.layers import Tree, family_defaults, is_override, merge_layer, read_layers
 from fastlatent.registry import Family, import_path
 from fastlatent.schema import FAMILIES, Config
-from fastlatent.validation import validate
 
 BASE_CONFIGS = {"method": "fastlatent.methods.base:MethodConfig", "engine": "fastlatent.rollout.base:EngineConfig",
                 "data": "fastlatent.data.base:DataConfig", "rewards": "fastlatent.rewards.base:RewardConfig"}

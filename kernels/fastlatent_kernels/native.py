@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import fastlatent_kernels._C as _C
+from fastlatent_kernels.structs import fill
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -38,6 +39,5 @@ def run_rows(kernel, arguments, isa: str, *, logits: Tensor, temperature: float,
     scratch = torch.empty(num_threads, _C.scratch_floats(vocab_size), dtype=torch.float32)
     fields |= {"logits": logits, "logits_bf16": logits.dtype == torch.bfloat16, "rows": num_rows, "vocab": vocab_size,
                "inv_temperature": 1.0 / temperature, "counter": counter, "scratch": scratch, "threads": num_threads}
-    for name, value in fields.items():
-        setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    fill(arguments, fields)
     kernel(arguments, isa)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 import fastlatent_kernels._cuda as _cuda
+from fastlatent_kernels.cuda_support import never_run, why_not_cuda
 from fastlatent_kernels.gaussian_reparam import gaussian_reparam
 from fastlatent_kernels.gaussian_reparam.operators import register
+from fastlatent_kernels.structs import fill
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -18,9 +19,7 @@ def _launch(kernel, arguments, inputs, **fields) -> None:
                "counter": inputs.counter_T3, "is_bf16": mean_TD.dtype == torch.bfloat16,
                "source": getattr(_cuda.Source, inputs.source), "rows": mean_TD.shape[0], "width": mean_TD.shape[1],
                "free_bits": inputs.free_bits}
-    for name, value in fields.items():
-        if value is not None:  # else the null that the struct starts with
-            setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    fill(arguments, fields)
     kernel(arguments, torch.cuda.current_stream(mean_TD.device).cuda_stream, mean_TD.device.index)
 
 
@@ -36,18 +35,12 @@ def _backward(inputs, gradients, d_mean_TD, d_logvar_TD) -> None:
 
 
 def _supports(mean_TD, logvar_TD, free_bits=0.0, *, seed=None, counter_T3=None, eps_TD=None, z_TD=None) -> str | None:
-    if not mean_TD.is_cuda:
-        return "cuda takes CUDA tensors"
-    if mean_TD.get_device() != torch.cuda.current_device():
-        return "cuda takes tensors of the current CUDA device"
+    if (reason := why_not_cuda(mean_TD)) is not None:
+        return reason
     dtypes = {x.dtype for x in (mean_TD, logvar_TD, eps_TD, z_TD) if x is not None}
     if len(dtypes) > 1 or mean_TD.dtype not in DTYPES:
         return "cuda takes float32 or bfloat16 tensors, all of one dtype"
     return None
 
 
-def _rule(*args, **kwargs) -> str:
-    return "compiled, but never run on a GPU: name it to run it"
-
-
-gaussian_reparam.backend("cuda", supports=_supports, rule=_rule)(register("cuda", "CUDA", _forward, _backward))
+gaussian_reparam.backend("cuda", supports=_supports, rule=never_run)(register("cuda", "CUDA", _forward, _backward))

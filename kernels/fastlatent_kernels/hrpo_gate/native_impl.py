@@ -10,6 +10,7 @@ import fastlatent_kernels._C as _C
 from fastlatent_kernels.hrpo_gate import DECAY_SCALE, hrpo_gate
 from fastlatent_kernels.hrpo_gate.operators import register
 from fastlatent_kernels.native import why_not_cpu
+from fastlatent_kernels.structs import fill
 
 _MOST_CHUNKS, _LEAST_CHUNK = 64, 16  # of rows that share a column sum; functions of T alone
 _ELEMENTS_PER_THREAD = 1 << 14  # below that, waking a thread costs more than it saves
@@ -26,11 +27,9 @@ def _backward(grad_TD, u_T2D, token_TD, mixture_TD, bias_2D, lambda_D, latent_T,
     T, D = token_TD.shape
     chunk_rows = max(_LEAST_CHUNK, -(-T // _MOST_CHUNKS))
     partial_C3D = torch.empty(-(-T // chunk_rows), 3, D, dtype=torch.float32)
-    wanted = {"dtoken": dtoken_TD, "dmixture": dmixture_TD}
     _call(_C.hrpo_gate_backward, _C.HrpoGateBackward(), isa, u=u_T2D, token=token_TD, mixture=mixture_TD,
           bias=bias_2D.float(), log_scale=_log_scale(lambda_D), latent=latent_T, compat_eps=compat_eps, grad=grad_TD,
-          du=du_T2D, chunk_rows=chunk_rows, partial=partial_C3D,
-          **{name: tensor for name, tensor in wanted.items() if tensor is not None})
+          du=du_T2D, dtoken=dtoken_TD, dmixture=dmixture_TD, chunk_rows=chunk_rows, partial=partial_C3D)
     sums_3D = partial_C3D.sum(0)
     sums_3D[2] *= DECAY_SCALE * torch.sigmoid(-lambda_D)  # d(-c softplus(-Lambda)) / dLambda
     return sums_3D
@@ -46,8 +45,7 @@ def _call(kernel, arguments, isa: str, *, token: Tensor, **fields) -> None:
     threads = max(1, min(torch.get_num_threads(), token.numel() // _ELEMENTS_PER_THREAD))
     fields |= {"token": token, "is_bf16": token.dtype == torch.bfloat16, "rows": rows, "width": width,
                "threads": threads}
-    for name, value in fields.items():
-        setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    fill(arguments, fields)
     kernel(arguments, isa)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 import fastlatent_kernels._C as _C
 from fastlatent_kernels.check import expect_ids
 from fastlatent_kernels.native import why_not_cpu
 from fastlatent_kernels.soft_embedding import soft_embedding
 from fastlatent_kernels.soft_embedding.operators import register
+from fastlatent_kernels.structs import fill
 
 _ELEMENTS_PER_THREAD = 1 << 14  # below that, waking a thread costs more than it saves
 
@@ -43,8 +43,7 @@ def _call(kernel, isa: str, num_rows: int, *, width: int, **fields) -> None:
     arguments = _C.SoftEmbedding()
     threads = max(1, min(torch.get_num_threads(), num_rows * width // _ELEMENTS_PER_THREAD))
     fields |= {"width": width, "threads": threads, "scratch": torch.empty(threads, width, dtype=torch.float32)}
-    for name, value in fields.items():
-        setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    fill(arguments, fields)
     kernel(arguments, isa)
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import fastlatent_kernels._cuda as _cuda
+from fastlatent_kernels.cuda_support import never_run, why_not_cuda
 from fastlatent_kernels.library import LIBRARY
 from fastlatent_kernels.native import empty_rows
 from fastlatent_kernels.noise import TILE_SIZE
+from fastlatent_kernels.structs import fill
 from fastlatent_kernels.vocab_head import VocabHead, vocab_head
 
 WIDTHS = (896, 1536, 2048)
@@ -41,8 +43,7 @@ def _launch(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy):
                "counter": counter_B3.contiguous(), "greedy": greedy, "clusters": num_clusters, "token": token_B,
                "logprob": logprob_B, "entropy": entropy_B, "mixture": mixture_BD}
     arguments = _cuda.OnePassHead()
-    for name, value in fields.items():
-        setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    fill(arguments, fields)
     _cuda.one_pass_head(arguments, torch.cuda.current_stream(device).cuda_stream, device.index)
     return out
 
@@ -81,20 +82,14 @@ def why_not_inputs(hidden_BD: Tensor, weight_VD: Tensor, embed_VD: Tensor | None
 
 
 def _supports(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD) -> str | None:
-    if not hidden_BD.is_cuda:
-        return "cuda takes CUDA tensors"
-    if hidden_BD.get_device() != torch.cuda.current_device():
-        return "cuda takes tensors of the current CUDA device"
+    if (reason := why_not_cuda(hidden_BD)) is not None:
+        return reason
     if torch.cuda.get_device_capability(hidden_BD.get_device()) != (9, 0):
         return "cuda takes a GPU of compute capability 9.0 (H100, H200)"
     return why_not_inputs(hidden_BD, weight_VD, embed_VD)
 
 
-def _rule(*args, **kwargs) -> str:
-    return "compiled, but never run on a GPU: name it to run it"
-
-
-@vocab_head.backend("cuda", supports=_supports, rule=_rule)
+@vocab_head.backend("cuda", supports=_supports, rule=never_run)
 @torch.no_grad()
 def _run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
     return VocabHead(*torch.ops.fastlatent.vocab_head_cuda(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy))

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastlatent_kernels._C as _C
 from fastlatent_kernels.library import LIBRARY
 from fastlatent_kernels.native import empty_rows
+from fastlatent_kernels.structs import fill
 from fastlatent_kernels.vocab_head import VocabHead
 
 HAS_KERNEL = _C.has_vocab_head_bf16()
@@ -75,9 +76,7 @@ def _run(hidden_BD, weight_VD, temperature, seed, counter_B3, greedy, embed_VD):
     fields |= {"hidden": hidden_BD, "weight": weight_VD, "seed": seed, "counter": counter_B3, "greedy": greedy,
                "rows": num_rows, "vocab": vocab_size, "width": width, "embed_width": embed_width,
                "inv_temperature": 1.0 / temperature, "token": token_B, "logprob": logprob_B, "entropy": entropy_B,
-               "mixture": mixture_BD, "threads": torch.get_num_threads()}
-    if embed_VD is not None:
-        fields["embed"] = embed_VD
+               "embed": embed_VD, "mixture": mixture_BD, "threads": torch.get_num_threads()}
     _call(_C.vocab_head_bf16, fields)
     return out
 
@@ -102,8 +101,7 @@ def _quads_size(num_rows: int, width: int) -> int:
 
 def _call(kernel, fields: dict[str, object]) -> None:
     arguments = _C.VocabHeadBf16()
-    for name, value in fields.items():
-        setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    fill(arguments, fields)
     kernel(arguments)
 
 

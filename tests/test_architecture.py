@@ -181,5 +181,12 @@ def test_files_stay_small():
     assert max(lengths) < 500
 
 
+def test_the_map_of_the_trainer_names_each_of_its_parts_once():
+    """The table in the docstring of the package: a heading, two spaces or more, names."""
+    lines = re.findall(r"^    .*?  +(.*)$", ast.get_docstring(tree(ROOT / "fastlatent" / "__init__.py")), re.MULTILINE)
+    parts = {path.stem for path in (ROOT / "fastlatent").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert sorted(name for line in lines for name in line.split(", ")) == sorted(parts - {"__init__", "__pycache__"})
+
+
 def test_a_file_says_which_idea_it_is():
     assert [shown(path) for path in TRAINER + KERNELS if not ast.get_docstring(tree(path))] == []

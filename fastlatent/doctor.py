@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 
 from fastlatent import build, manifest
 from fastlatent.cli import Parser, run_command
-from fastlatent.errors import UserError
 from fastlatent.models.smollm2 import SMOLLM2, cache_dir, find_damage
 from fastlatent.policy import compute_dtype
 from fastlatent.rollout.auto import AutoEngine
@@ -123,11 +122,9 @@ def _vllm() -> Rows:
     if (found := surface.installed()) is None:
         return []
     device = build.device_of(Config())
-    try:
-        surface.check(runner := surface.runner_of("auto", device), device)
-    except UserError as error:
-        return [("", str(error))]
-    return [("", f"{' '.join(found)}, model runner {runner}: has every name that is overridden")]
+    runner = surface.runner_of("auto", device)
+    reason = surface.refusal(runner, device)
+    return [("", reason or f"{' '.join(found)}, model runner {runner}: has every name that is overridden")]
 
 
 def main(argv: list[str]) -> None:

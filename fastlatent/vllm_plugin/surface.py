@@ -9,8 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastlatent.errors import UserError
-
 INSTALL = {"cpu": "make vllm", "cuda": 'pip install -e ".[vllm]"'}
 
 ENGINE = {
@@ -102,9 +100,3 @@ def refusal(runner: str, device: torch.device) -> str | None:
         return (f"{name} {release} lacks {', '.join(gone)}, which fastlatent overrides; install a version that has it with "
                 f"`{INSTALL[device.type]}`")
     return None
-
-
-def check(runner: str, device: torch.device) -> None:
-    """UserError where `refusal` has something to say."""
-    if reason := refusal(runner, device):
-        raise UserError(f"engine.name: {reason}, or use engine.name=hf")

@@ -29,24 +29,18 @@ WORDS = [
     "hrpo_quickstart", "data.name=jsonl", "data.train=rows.jsonl", "data.held_out_size=4", "num_prompts=2",
     "group_size=4", "sampling.max_new_tokens=12", "thinking.max_tokens=4", "answer.max_tokens=3", "optim.lr=1e-3",
     "objective.num_epochs=2", "eval.num_prompts=2", "eval.every=2", "eval.ablations=false", "checkpoint.every=2", "num_steps=3",
-    "log.live=plain", "model.path=model", "rewards=[{name: checksum_of_text.checksum}]"]
+    "log.live=plain", "model.path=model", "rewards=[{name: checksum.checksum}]"]
 PARTS = {
     "step": ("rollout", "score_old", "update"),
     "rollout": ("rollout/weight_sync", "rollout/prefill", "rollout/decode", "rollout/reward"),
     "rollout/decode": ("rollout/sample",), "update": ("update/microbatch", "update/optimizer"),
     "update/microbatch": ("update/forward", "update/head", "update/backward")}
 """What lies in what, side by side."""
-REWARD = "def checksum(completion):\n    return float(sum(map(ord, completion)) % 5)\n"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("capture")
-    tiny.save(path / "model")
-    (path / "checksum_of_text.py").write_text(REWARD)
-    rows = [{"question": f"Tom has {n} apples and buys 30 more.", "answer": str(n + 30)} for n in range(16)]
-    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return tiny.working_folder(tmp_path_factory.mktemp("capture"))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import contextmanager
 
@@ -315,12 +314,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("mismatch")
-    tiny.save(path / "model")
-    (path / "checksum.py").write_text("def checksum(completion):\n    return float(sum(map(ord, completion)) % 5)\n")
-    rows = [{"question": f"Tom has {n} apples and buys 30 more.", "answer": str(n + 30)} for n in range(12)]
-    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return tiny.working_folder(tmp_path_factory.mktemp("mismatch"), num_rows=12)
 
 
 @pytest.fixture

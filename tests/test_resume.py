@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -38,18 +37,11 @@ WORDS = [
     "eval.num_samples=1", "eval.every=3", "eval.ablations=false", "checkpoint.every=1", "log.samples=99",
     "log.live=quiet", "rewards=[{name: checksum.checksum}]"]
 LORA = ["model.lora={r: 4, alpha: 8, dropout: 0.1}", "sampling.top_k=20"]
-REWARD = "def checksum(completion):\n    return float(sum(map(ord, completion)) % 5)\n"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working directory with a model, a reward function of the user's own and sixteen questions."""
-    path = tmp_path_factory.mktemp("resume")
-    tiny.save(path / "model")
-    (path / "checksum.py").write_text(REWARD)
-    rows = [{"question": f"Tom has {n} apples and buys 30 more.", "answer": str(n + 30)} for n in range(16)]
-    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return tiny.working_folder(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import torch
@@ -60,6 +61,15 @@ def save(folder: Path, family: str = "qwen2", **options) -> Path:
     """A Hugging Face folder of `model` and `tokenizer`."""
     model(family, **options).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+def working_folder(folder: Path, num_rows: int = 16) -> Path:
+    """Somewhere to train: `model`, so many questions in `rows.jsonl`, and a reward of the user's own, `checksum.checksum`."""
+    save(folder / "model")
+    rows = [{"question": f"Tom has {n} apples and buys 30 more.", "answer": str(n + 30)} for n in range(num_rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "checksum.py").write_text("def checksum(completion):\n    return float(sum(map(ord, completion)) % 5)\n")
     return folder
 
 

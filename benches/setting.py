@@ -13,7 +13,7 @@ from fastlatent import build
 from fastlatent.cli import Parser
 from fastlatent.config import load_config
 from fastlatent.data.base import DATASETS
-from fastlatent.data.chat import encode_prompt
+from fastlatent.data.chat import make_prompt
 from fastlatent.data.order import prompt_indices
 from fastlatent.errors import UserError
 from fastlatent.policy import compute_dtype
@@ -65,11 +65,7 @@ def facts(config: Config) -> dict[str, Any]:
 def prompts(config: Config, tokenizer, count: int) -> list[Prompt]:
     """The first `count` prompts of the recipe's training stream."""
     train = DATASETS.find(config.data.name, "data.name")(config.data, config.seed).train
-    out = []
-    for example in (train[i] for i in prompt_indices(len(train), config.seed, 0, count)):
-        text, token_ids = encode_prompt(tokenizer, example, config.chat)
-        out.append(Prompt(example.id, text, tuple(token_ids), example.answer, example.columns))
-    return out
+    return [make_prompt(tokenizer, train[i], config.chat) for i in prompt_indices(len(train), config.seed, 0, count)]
 
 
 def engine(config: Config, tokenizer) -> RolloutEngine:

@@ -11,7 +11,7 @@ from statistics import fmean
 from fastlatent import build, evaluation
 from fastlatent.cli import Parser, check_writable, run_command
 from fastlatent.data.base import DATASETS, Example
-from fastlatent.data.chat import encode_prompt
+from fastlatent.data.chat import make_prompt
 from fastlatent.data.rows import RowsConfig
 from fastlatent.errors import UserError
 from fastlatent.evaluation import Sample
@@ -20,7 +20,6 @@ from fastlatent.rewards.pool import RewardPool
 from fastlatent.schema import Config
 from fastlatent.step_metrics import sample_row
 from fastlatent.trained import add_arguments, add_engine, open_run, run_config
-from fastlatent.types import Prompt
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -89,10 +88,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out: {Path(args.out).parent} is no folder")
     config = run_config(args.run, args.device, args.engine)
     check_writable("--out", Path(args.out or Path(args.run) / "evaluation.jsonl"))
-    tokenizer, prompts = build.tokenizer(config), []
-    for example in _examples(config, args.data, args.limit):
-        text, token_ids = encode_prompt(tokenizer, example, config.chat)
-        prompts.append(Prompt(example.id, text, tuple(token_ids), example.answer, example.columns))
+    tokenizer = build.tokenizer(config)
+    prompts = [make_prompt(tokenizer, example, config.chat) for example in _examples(config, args.data, args.limit)]
     with RewardPool(config.rewards, columns=set(prompts[0].columns)) as pool:
         trained = open_run(args.run, args.checkpoint, args.device, args.engine)
         samples = evaluation.evaluate(

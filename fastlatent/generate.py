@@ -8,7 +8,7 @@ from statistics import fmean
 from fastlatent import build
 from fastlatent.cli import Parser, run_command
 from fastlatent.data.base import Example
-from fastlatent.data.chat import encode_prompt
+from fastlatent.data.chat import make_prompt
 from fastlatent.errors import UserError
 from fastlatent.evaluation import EVAL_STEP
 from fastlatent.schema import ChatConfig
@@ -18,8 +18,7 @@ from fastlatent.types import Prompt, Request, Rollout
 
 def prompt_of(question: str, tokenizer, chat: ChatConfig) -> Prompt:
     """The question as the run's chat settings put it; UserError where it is too long for them."""
-    text, token_ids = encode_prompt(tokenizer, Example(0, question, "", source="question"), chat)
-    return Prompt(0, text, tuple(token_ids), "")
+    return make_prompt(tokenizer, Example(0, question, "", source="question"), chat)
 
 
 def draw(trained: Trained, question: str, *, num_samples: int = 1, greedy: bool = True) -> list[tuple[Rollout, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from fastlatent import build
 from fastlatent.data.base import DATASETS, Dataset, Example
-from fastlatent.data.chat import encode_prompt
+from fastlatent.data.chat import make_prompt
 from fastlatent.data.order import prompt_indices
 from fastlatent.errors import UserError
 from fastlatent.profiling import capture
@@ -52,8 +52,7 @@ class Inputs:
         return set(self.dataset.train[0].columns)
 
     def _prompt(self, example: Example) -> Prompt:
-        text, token_ids = encode_prompt(self.tokenizer, example, self.config.chat)
-        return Prompt(example.id, text, tuple(token_ids), example.answer, example.columns)
+        return make_prompt(self.tokenizer, example, self.config.chat)
 
 
 def _check_budget(config: Config) -> None:

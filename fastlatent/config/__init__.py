@@ -124,7 +124,7 @@ def _first_misfit(schema: type, tree: Tree, path: str) -> UserError | None:
 
 def _misfit(hint: Any, value: Any, path: str) -> UserError:
     """Follow the only key of each level of `value` until it leaves the schema or meets a type it does not fit."""
-    section = _section(hint)
+    section = section_of(hint)
     if section is None or not isinstance(value, dict) or not value:
         return UserError(f"{path}: wanted {_describe(hint)}, got {'null' if value is None else repr(value)}")
     (key, below), = value.items()
@@ -144,7 +144,7 @@ def _leaves(tree: Tree, above: tuple = ()) -> Iterator[tuple[tuple, Any]]:
             yield (*above, key), value
 
 
-def _section(hint: Any) -> type | None:
+def section_of(hint: Any) -> type | None:
     """The dataclass that `hint` is, or is optionally."""
     return next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
 

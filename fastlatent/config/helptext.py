@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from fastlatent.config import family, member_schema
+from fastlatent.config import family, member_schema, section_of
 from fastlatent.schema import FAMILIES, Config
 
 WIDTH = 110
@@ -42,8 +42,7 @@ def options(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     for field in dataclasses.fields(schema):
         path = f"{prefix}.{field.name}" if prefix else field.name
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        hint = hints[field.name]
-        section = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+        section = section_of(hints[field.name])
         if section is None or default is None:
             yield path, default, docs.get(field.name, "")
         if section is not None:

@@ -13,9 +13,16 @@ from jinja2 import TemplateError
 from fastlatent.data.base import Example
 from fastlatent.errors import UserError
 from fastlatent.schema import ChatConfig
+from fastlatent.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def make_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, chat: ChatConfig) -> Prompt:
+    """The example as the model reads it; UserError as from `encode_prompt`."""
+    text, token_ids = encode_prompt(tokenizer, example, chat)
+    return Prompt(example.id, text, tuple(token_ids), example.answer, example.columns)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, chat: ChatConfig) -> tuple[str, list[int]]:

@@ -18,7 +18,6 @@ from transformers import DynamicCache
 from benches import setting
 from benches.generate import left_padded, num_drawn
 from fastlatent import build, models
-from fastlatent.methods.base import METHODS
 from fastlatent.policy import EmbeddingInDtype, model_info
 from fastlatent.schema import Config
 from fastlatent.types import Request, Sampling
@@ -38,7 +37,7 @@ class LatentLoop:
         path, dtype = models.resolve_model(config.model.path), setting.dtype(config)
         self.model = models.load_causal_lm(path, dtype).to(build.device_of(config)).eval()
         table = EmbeddingInDtype(self.model.get_input_embeddings(), dtype)
-        method = METHODS.find(config.method.name, "")
+        method = build.method_of(config)
         self.method = method(config.method, model_info(self.model, config.model, dtype), table).eval()
         self.sampling, self.tokenizer, self.end = build.sampling_of(config), tokenizer, config.thinking.end
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

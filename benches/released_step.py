@@ -23,7 +23,7 @@ from benches import setting
 from benches.latent_loop import Drawn, LatentLoop
 from benches.timing import wait_for_device
 from benches.trl_update import TrlUpdate
-from fastlatent.methods.base import METHODS
+from fastlatent import build
 from fastlatent.policy import EmbeddingInDtype, model_info
 from fastlatent.schema import Config
 from fastlatent.types import Group, LatentTrace, Request, Rollout
@@ -84,7 +84,7 @@ class LatentInputs:
         clipped."""
         table, dtype = model.get_input_embeddings(), setting.dtype(self.config)
         torch.manual_seed(self.config.seed)
-        method = METHODS.find(self.config.method.name, "method.name")
+        method = build.method_of(self.config)
         rows = EmbeddingInDtype(Rows(table), dtype)
         model.method = method(self.config.method, model_info(model, self.config.model, dtype), rows)
         self.method = model.method

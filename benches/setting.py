@@ -12,7 +12,6 @@ from benches import results
 from fastlatent import build
 from fastlatent.cli import Parser
 from fastlatent.config import load_config
-from fastlatent.data.base import DATASETS
 from fastlatent.data.chat import make_prompt
 from fastlatent.data.order import prompt_indices
 from fastlatent.errors import UserError
@@ -64,7 +63,7 @@ def facts(config: Config) -> dict[str, Any]:
 
 def prompts(config: Config, tokenizer, count: int) -> list[Prompt]:
     """The first `count` prompts of the recipe's training stream."""
-    train = DATASETS.find(config.data.name, "data.name")(config.data, config.seed).train
+    train = build.dataset(config).train
     return [make_prompt(tokenizer, train[i], config.chat) for i in prompt_indices(len(train), config.seed, 0, count)]
 
 

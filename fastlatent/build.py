@@ -9,8 +9,9 @@ import torch
 from fastlatent_kernels.overview import choices
 
 from fastlatent import mfu, models
+from fastlatent.data.base import DATASETS, Dataset
 from fastlatent.errors import UserError
-from fastlatent.methods.base import METHODS
+from fastlatent.methods.base import METHODS, Method
 from fastlatent.models import files, flash, liger
 from fastlatent.models.supported import check_supported
 from fastlatent.policy import Policy, compute_dtype
@@ -27,6 +28,19 @@ def device_of(config: Config) -> torch.device:
         raise UserError("model.device: cuda was asked for and torch sees no GPU here")
     wanted = config.model.device
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+
+
+def method_of(config: Config) -> type[Method]:
+    return METHODS.find(config.method.name, "method.name")
+
+
+def engine_of(config: Config) -> type[RolloutEngine]:
+    return ENGINES.find(config.engine.name, "engine.name")
+
+
+def dataset(config: Config) -> Dataset:
+    """Everything that is trained on and held out; UserError where it cannot be read."""
+    return DATASETS.find(config.data.name, "data.name")(config.data, config.seed)
 
 
 def backends(config: Config) -> dict[str, str]:
@@ -90,7 +104,7 @@ def check_model(config: Config) -> None:
     if config.model.compile and device.type == "cpu" and not any(map(which, COMPILERS)):
         raise UserError(f"model.compile: on a CPU torch.compile needs a C++ compiler, one of {', '.join(COMPILERS)} on the "
                         "PATH")
-    ENGINES.find(config.engine.name, "engine.name").check(config.engine, model.config, device)
+    engine_of(config).check(config.engine, model.config, device)
 
 
 def _check_length(config: Config, most: int | None) -> None:
@@ -103,7 +117,7 @@ def _check_length(config: Config, most: int | None) -> None:
 
 def check_method(config: Config, tokenizer) -> list[str]:
     """What the method has to warn of; UserError where it cannot work with this configuration and tokenizer."""
-    return METHODS.find(config.method.name, "method.name").check(config, tokenizer)
+    return method_of(config).check(config, tokenizer)
 
 
 def policy(config: Config, *, has_reference: bool = False) -> Policy:
@@ -111,14 +125,12 @@ def policy(config: Config, *, has_reference: bool = False) -> Policy:
     path = models.resolve_model(config.model.path)
     model = models.load_causal_lm(path, torch.float32, config.model.trust_remote_code).to(device_of(config))
     torch.manual_seed(config.seed)  # the initialisers of method parameters and adapters are the only ones to draw from it
-    method = METHODS.find(config.method.name, "method.name")
-    return Policy(model.train(), config.model, method, config.method, has_reference=has_reference)
+    return Policy(model.train(), config.model, method_of(config), config.method, has_reference=has_reference)
 
 
 def engine(config: Config, policy: Policy, tokenizer) -> RolloutEngine:
     """The engine with weights of its own, shaped like the policy's; they arrive with the first load_weights."""
-    member = ENGINES.find(config.engine.name, "engine.name")
-    method = METHODS.find(config.method.name, "method.name")
+    member, method = engine_of(config), method_of(config)
     match(method, config.engine.name, member.capabilities)
     info, device = policy.method.model, policy.device
     span = ThinkingSpan(tokenizer, info.vocab_size, eos_ids(tokenizer, policy.base.generation_config), config.thinking,
@@ -130,5 +142,4 @@ def engine(config: Config, policy: Policy, tokenizer) -> RolloutEngine:
 
 def check_engine(config: Config) -> None:
     """Match method and engine by name before anything heavy is loaded."""
-    method = METHODS.find(config.method.name, "method.name")
-    match(method, config.engine.name, ENGINES.find(config.engine.name, "engine.name").capabilities)
+    match(method_of(config), config.engine.name, engine_of(config).capabilities)

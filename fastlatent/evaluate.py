@@ -60,7 +60,7 @@ def report(samples: Sequence[Sample], num_samples: int) -> list[str]:
 def _examples(config: Config, path: str | None, limit: int) -> Sequence[Example]:
     """Rows of FILE by the run's own column names, or the run's held-out data."""
     if path is None:
-        examples = DATASETS.find(config.data.name, "data.name")(config.data, config.seed).held_out
+        examples = build.dataset(config).held_out
     else:
         member = DATASETS.find("jsonl", "data.name")
         names = ("question", "answer", "answer_after") if isinstance(config.data, RowsConfig) else ()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fastlatent import build
-from fastlatent.data.base import DATASETS, Dataset, Example
+from fastlatent.data.base import Dataset, Example
 from fastlatent.data.chat import make_prompt
 from fastlatent.data.order import prompt_indices
 from fastlatent.errors import UserError
@@ -65,7 +65,7 @@ def _check_budget(config: Config) -> None:
 
 
 def _dataset(config: Config) -> Dataset:
-    dataset = DATASETS.find(config.data.name, "data.name")(config.data, config.seed)
+    dataset = build.dataset(config)
     if len(dataset.train) < config.num_prompts:
         raise UserError(f"data: {len(dataset.train)} training rows are fewer than num_prompts={config.num_prompts}")
     if config.eval.every and not len(dataset.held_out):

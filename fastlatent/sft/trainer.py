@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fastlatent import step_metrics
+from fastlatent import build, step_metrics
 from fastlatent.errors import UserError
 from fastlatent.live import LiveView
-from fastlatent.methods.base import METHODS
 from fastlatent.profiling import span
 from fastlatent.rollout.failure import released
 from fastlatent.schema import Config
@@ -32,7 +31,7 @@ class SftTrainer(Trainer):
         if config.sft is None:
             raise UserError(f"sft: {config.recipe} has no such section, which says how demonstrations are made; sft={{}} makes "
                             "them of text")
-        K, most = config.sft.tokens_per_latent, METHODS.find(config.method.name, "method.name").mixture_size(config.method)
+        K, most = config.sft.tokens_per_latent, build.method_of(config).mixture_size(config.method)
         if K and config.sft.chain is None:
             raise UserError(f"sft.tokens_per_latent: wanted 0, as with sft.chain=null there is nothing to compress, got {K}")
         if K and not most:

@@ -1,6 +1,11 @@
 """The numeric ops of latent-reasoning RL, each a plain torch reference with faster backends beside it.
 
 Imports torch only and never the trainer. `python -m fastlatent_kernels` says what every op would use here, and why.
+
+A folder is an op. `dispatch` and `measured` choose among its backends, `overview` tells. All ops share the checks of `check`,
+the `noise` of a rollout and the `library` their operators are in; backends of a kind share `native` (C++ on a CPU),
+`cuda_support`, the `structs` of both, and `triton_support` with `aot`, which compiles where there is no GPU. `decode_logits` is
+part of no op.
 """
 
 from fastlatent_kernels.clipped_surrogate import Surrogate, clipped_surrogate

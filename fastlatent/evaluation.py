@@ -75,7 +75,7 @@ class _Ablated(Method):
 
     def __init__(self, inner: Method, how: str):
         torch.nn.Module.__init__(self)
-        self.inner, self.how, self.needs = inner, how, inner.needs
+        self.inner, self.how, self.needs, self.model = inner, how, inner.needs, inner.model
 
     def record_spec(self, width, sampling):
         return self.inner.record_spec(width, sampling)

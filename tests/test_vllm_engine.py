@@ -16,6 +16,7 @@ from waits import Crossings, watched
 
 from fastlatent.config import load_config
 from fastlatent.errors import UserError
+from fastlatent.evaluation import ablated
 from fastlatent.methods.base import METHODS
 from fastlatent.profiling import reset_timings, timings, watch
 from fastlatent.rollout.vllm_engine import CPU_HEAD_SIZES, VLLMEngine
@@ -268,6 +269,19 @@ def test_aborted_requests_leak_no_slot(monkeypatch):
     assert aborted == 1000 and len(engine.slots.free) == 16 and not engine.slots.slot_of
     assert tokens(engine.generate(requests(), SAMPLING)) == tokens(hf(policy(), FORCED, requests()))
     assert not engine.runner.requests.keys() - engine.runner.row_of.keys()
+
+
+def test_latents_are_taken_away_here_too():
+    """Switched off, the tokens are those of the hf engine without latents; a neighbour's change them, wherever it sits."""
+    engine, theirs = plain_engine(), tiny.engine(policy(), *FORCED)
+    drawn = {"on": tokens(engine.generate(requests(), SAMPLING))}
+    for how in ("off", "shuffled"):
+        with ablated(engine, how):
+            drawn[how] = tokens(engine.generate(requests(), SAMPLING))
+    with ablated(theirs, "off"):
+        assert drawn["off"] == tokens(theirs.generate(requests(), SAMPLING))
+    assert drawn["on"] != drawn["off"] != drawn["shuffled"] != drawn["on"]
+    assert tokens(engine.generate(requests(), SAMPLING)) == drawn["on"]
 
 
 def test_greedy_and_sampled_calls_share_nothing_they_should_not():

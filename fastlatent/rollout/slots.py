@@ -30,8 +30,8 @@ class Slots:
     """`num_slots` requests at once of one call of `generate`; every tensor is on the device, nothing but `rollouts`
     waits for it."""
 
-    def __init__(self, num_slots: int, method: Method, seed: Tensor, vocab_size: int):
-        self.method, self.seed = method, seed
+    def __init__(self, num_slots: int, seed: Tensor, vocab_size: int):
+        self.seed = seed
         self.num_slots, self.device = num_slots, seed.device
         self.free = list(range(num_slots))
         self.slot_of: dict[int, int] = {}  # key of a request in flight -> its slot
@@ -48,13 +48,13 @@ class Slots:
 
     # ---- a call of generate ---------------------------------------------------------------------------------------------
 
-    def begin(self, requests: Sequence[Request], sampling: Sampling, span: ThinkingSpan) -> list[int]:
+    def begin(self, requests: Sequence[Request], sampling: Sampling, method: Method, span: ThinkingSpan) -> list[int]:
         """Make ready for these requests; returns the key of each, which no other request ever has."""
         if self.slot_of:
             raise RuntimeError(f"{len(self.slot_of)} requests of an earlier call still hold slots")
         keys = list(range(self.next_key, self.next_key + len(requests)))
         self.requests, self.next_key = dict(zip(keys, requests)), self.next_key + len(requests)
-        self.sampling, self.span = sampling, span
+        self.sampling, self.method, self.span = sampling, method, span
         self.span_state = span.start(self.num_slots + 1, self.device)
         self.state = self.method.start(self.num_slots + 1, self.device)
         layout = (self.span.longest(sampling.max_new_tokens), self.method.record_spec(self.method.model.width, sampling))

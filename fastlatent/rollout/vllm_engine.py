@@ -87,7 +87,7 @@ class VLLMEngine:
         self.method = parts.method(EmbeddingInDtype(self.table, parts.dtype)).to(parts.device).eval().requires_grad_(False)
         self.own_head_weight_VD: Tensor | None = None
         seed = torch.tensor(parts.seed, dtype=torch.int64, device=parts.device)
-        self.slots = Slots(config.max_batch, self.method, seed, parts.model.vocab_size)
+        self.slots = Slots(config.max_batch, seed, parts.model.vocab_size)
         self.first_key = 0  # of the requests whose keys and values may be cached
         self.holder = self.runner.model_state if hasattr(self.runner, "model_state") else self.runner
         self.holder.seats = Seats(self.slots, self._head)
@@ -211,7 +211,7 @@ class VLLMEngine:
                 raise UserError(f"prompt {request.prompt.id}: {len(request.prompt.token_ids)} tokens and a completion of {longest} are "
                                 f"{wanted}, more than the {room} the vllm engine was started for (chat.max_prompt_tokens and "
                                 "sampling.max_new_tokens)")
-        keys = self.slots.begin(requests, sampling, self.span)
+        keys = self.slots.begin(requests, sampling, self.method, self.span)
         if self.slots.next_key - self.first_key > self.slots.num_names:
             self.engine.reset_prefix_cache()
             self.first_key = self.slots.next_key - len(keys)

@@ -21,7 +21,6 @@ class Capability(Enum):
     MIXTURE = "MIXTURE"  # ids_BK and weights_BK where the policy is truncated to top-k, else mixture_BD
     HIDDEN = "HIDDEN"  # hidden_BD, after the final norm
     LOGITS = "LOGITS"  # logits_BV
-    RESTART = "RESTART"  # honours Decision.restart_B
 
 
 @dataclass(frozen=True, slots=True)

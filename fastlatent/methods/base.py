@@ -71,9 +71,7 @@ class Decision:
 
     latent_B: Tensor
     record: Record
-    token_B: Tensor | None = None  # the token to commit, where it is not the one drawn
     acted_B: Tensor | None = None  # False where nothing was drawn by the policy; None: it always is
-    restart_B: Tensor | None = None  # True where the sequence starts anew from this input
     # log-density of the latent, which is then the action where `latent_B`, instead of the token; None: tokens are the actions
     latent_logprob_B: Tensor | None = None
 
@@ -115,7 +113,8 @@ class Method(nn.Module):
         return {}
 
     def draw(self, view: StepView, state: State) -> None:
-        """Replace what the head drew (`token_B`, `logprob_B`, `log_kept_B`) in place, before the thinking span sees it.
+        """Replace what the head drew (`token_B`, `logprob_B`, `log_kept_B`) in place, before the thinking span sees it: a token
+        that nobody reads must not end the thinking or the completion.
 
         `thinking_B` is True here where the token is drawn while thinking.
         """

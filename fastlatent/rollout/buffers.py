@@ -47,10 +47,10 @@ class Buffers:
         self.final = {name: torch.zeros(num_slots, dtype=torch.bool, device=device) for name in ("stopped", "forced_end")}
 
     def write(self, slot_B: Tensor, time_B: Tensor, live_B: Tensor, view: StepView, advance: Advance, decision: Decision,
-              read_B: Tensor, acted_B: Tensor) -> None:
+              acted_B: Tensor) -> None:
         """Column `time_B` of each row; a row that is done writes behind its own length, where nobody reads."""
-        self.read[slot_B, time_B] = read_B
-        self.target[slot_B, time_B] = torch.where(acted_B, view.token_B, read_B)
+        self.read[slot_B, time_B] = advance.read_B
+        self.target[slot_B, time_B] = torch.where(acted_B, view.token_B, advance.read_B)
         self.acted[slot_B, time_B] = acted_B
         self.latent[slot_B, time_B] = decision.latent_B
         self.thinking[slot_B, time_B] = advance.drawn_thinking_B

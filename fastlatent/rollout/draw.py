@@ -51,7 +51,6 @@ def settle(view: StepView, span: ThinkingSpan, span_state: dict[str, Tensor], me
     advance = span.advance(view.token_B, span_state)
     view.read_B, view.thinking_B = advance.read_B, advance.thinking_B
     decision = method.decide(view, state)
-    read_B = advance.read_B if decision.token_B is None else decision.token_B
     acted_B = advance.acted_B if decision.acted_B is None else advance.acted_B & decision.acted_B
-    buffers.write(slot_B, time_B, live_B, view, advance, decision, read_B, acted_B)
-    return read_B, decision
+    buffers.write(slot_B, time_B, live_B, view, advance, decision, acted_B)
+    return advance.read_B, decision

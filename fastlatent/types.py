@@ -180,7 +180,6 @@ class Scored:
 
     logprob_A: Tensor  # float32, at objective.score_temperature
     entropy_A: Tensor  # float32
-    latent_logprob_N: Tensor | None = None
     aux: dict[str, Tensor] = field(default_factory=dict)
 
 

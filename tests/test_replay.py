@@ -153,7 +153,7 @@ def test_a_latent_action_gives_back_its_log_density(method):
     drawn = torch.cat([r.trace.logprob_N for r in rollouts])
     batch = batches(rollouts, "packed")[0]
     with torch.no_grad():
-        density_N = policy.method.score(policy, batch, TEMPERATURE).latent_logprob_N
+        density_N = policy.method.score(policy, batch, TEMPERATURE).logprob_A[batch.actions.latent_N]
     assert len(drawn) == sum(sum(r.latent_acted) for r in rollouts) == len(batch.actions.latent_N) > 50
     assert (drawn - density_N).abs().max() <= FP32_TOLERANCE
     # densities are not token log-probabilities by another name

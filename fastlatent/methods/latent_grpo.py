@@ -195,7 +195,7 @@ class LatentGRPO(Method):
         if len(token_M):
             logprob_M, entropy_M = token_logprob(hidden_AD[token_M], head_VD, batch.target_A[token_M], temperature)
             logprob_A, entropy_A = logprob_A.index_copy(0, token_M, logprob_M), entropy_A.index_copy(0, token_M, entropy_M)
-        return Scored(logprob_A, entropy_A, density_N, {
+        return Scored(logprob_A, entropy_A, {
             "noise_NK": gumbel_mixture.noise_of(self.config, record_N["score"], logprob_NK.detach())})
 
     def loss(self, policy, batch: Batch, temperature: float, objective: ObjectiveConfig) -> Loss:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlatent import advantages, schema
+from fastlatent.errors import UserError
 from fastlatent.registry import Family
 from fastlatent.schema import ObjectiveConfig
 from fastlatent.types import Batch, Capability, Group, Loss, Sampling, Scored
@@ -164,20 +165,27 @@ class Method(nn.Module):
         return group.advantage_G.tolist()
 
     def score(self, policy, batch: Batch, temperature: float) -> Scored:
-        """Log-probabilities and entropies of the scored actions, differentiable."""
-        return policy.score(batch, temperature)
+        """Log-probabilities and entropies of the scored actions, differentiable; here of tokens, as in the next two."""
+        return policy.score(self._of_tokens(batch), temperature)
 
     def reference_logprob(self, policy, batch: Batch, temperature: float) -> Tensor:
         """The same log-probabilities [A] under the frozen reference."""
-        return policy.reference_logprob(batch, temperature)
+        return policy.reference_logprob(self._of_tokens(batch), temperature)
 
     def loss(self, policy, batch: Batch, temperature: float, objective: ObjectiveConfig) -> Loss:
         """The loss of a microbatch: the surrogate on the log-probabilities of `score`, here fused with the head that makes
         them.
 
-        A method that scores something else overrides both, this one with `objectives.surrogate(self.score(...), ...)`.
+        A method that scores something else overrides all three, this one with `objectives.surrogate(self.score(...), ...)`.
         """
-        return policy.loss(batch, temperature, objective)
+        return policy.loss(self._of_tokens(batch), temperature, objective)
+
+    def _of_tokens(self, batch: Batch) -> Batch:
+        """The batch; UserError where actions of it are latents, whose density only the method itself can tell."""
+        if batch.actions is not None:
+            raise UserError(f"method {self.config.name!r}: its latents are actions, with log-densities of their own; wanted "
+                            "its own score and loss and, where objective.kl_coef is above 0, its own reference_logprob")
+        return batch
 
     def group_statistics(self, group: Group) -> dict[str, Tensor]:
         """Sums over a group, once it has its advantages, in the form of `statistics`."""

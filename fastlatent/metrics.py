@@ -104,6 +104,7 @@ NAMES: dict[str, str] = {
     "latent/clip_ratio_{mode}": "share of those actions whose ratio is clipped",
     "latent/frac_first_selected": "share of groups of which one completion alone is learnt from at the first position",
     "latent/frac_masked": "share of completions that are not learnt from because they were cut",
+    "method/{statistic}": "a statistic of a method's own; its `statistics` says which",
     "guard/skipped_steps": "optimizer steps skipped so far for a non-finite loss or gradient",
     "guard/reward_{failure}": "rewards of the step that could not be had, by cause",
     "eval/accuracy": "held-out accuracy of the greedy completion",

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from fastlatent.checkpoint import load_optimizer, optimizer_tensors
+from fastlatent.errors import UserError
 from fastlatent.policy import Policy
 from fastlatent.schema import Config
 
@@ -83,7 +84,8 @@ def _rates(name: str, policy: Policy, config: Config) -> tuple[float, float]:
         inner = name.removeprefix("method.")
         matching = [g for g in policy.method.param_groups() if inner.startswith(g.prefix)]
         if not matching:
-            raise RuntimeError(f"method {policy.method.config.name!r}: no parameter group matches {inner!r}")
+            raise UserError(f"method {policy.method.config.name!r}: {inner!r} has no learning rate; wanted a ParamGroup in its "
+                            "param_groups() with the beginning of that name")
         group = max(matching, key=lambda g: len(g.prefix))
         return group.lr, group.weight_decay
     is_exempt = any(part in name.lower() for part in NO_DECAY)

@@ -193,5 +193,6 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def statistics(self, token_ids_T: Tensor, latent_T: Tensor, record_T: Record | None) -> dict[str, Tensor]:
-        """Sums over latent positions for the log, by `latent/*` metric name: each a pair (sum, count) in one tensor [2]."""
+        """Sums over latent positions for the log, each a pair (sum, count) in one tensor [2], by a `latent/*` name of
+        `metrics.NAMES` or any `method/*`."""
         return {}

@@ -53,10 +53,10 @@ class StepView:
     logprob_B: Tensor
     log_kept_B: Tensor
     entropy_B: Tensor
-    hidden_BD: Tensor
+    hidden_BD: Tensor  # after the final norm
     thinking_B: Tensor
-    seed: Tensor
-    counter_B3: Tensor
+    seed: Tensor  # of the run, and with the next one the address of this step's noise: see `fastlatent_kernels.noise`
+    counter_B3: Tensor  # int64, (index of the completion token being drawn, prompt id, step * 2^16 + sample)
     mixture_BD: Tensor | None = None
     ids_BK: Tensor | None = None
     weights_BK: Tensor | None = None

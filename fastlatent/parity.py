@@ -72,8 +72,10 @@ class Parity:
 @torch.no_grad()
 def probe(config: Config, policy: Policy, engine: RolloutEngine, prompts: Sequence[Prompt]) -> Parity:
     """Draw completions of `prompts` until they hold `mismatch.probe_tokens` acted tokens, and replay them."""
-    rollouts = _draw(config, engine, prompts)
-    items = [Item(r, 0.0, 0.0) for r in rollouts if any(r.acted)]
+    items = [Item(r, 0.0, 0.0) for r in _draw(config, engine, prompts) if any(r.acted)]
+    if not items:
+        raise UserError(f"sampling.max_new_tokens: {config.sampling.max_new_tokens} tokens end before method "
+                        f"{config.method.name!r} draws one that is an action; wanted more")
     deltas, latents = [], []
     with policy.without_dropout():
         for chunk in microbatches(items, config.update.tokens_per_microbatch, config.update.share_prompts):
@@ -88,11 +90,15 @@ def probe(config: Config, policy: Policy, engine: RolloutEngine, prompts: Sequen
 
 def _draw(config: Config, engine: RolloutEngine, prompts: Sequence[Prompt]) -> list[Rollout]:
     sampling, rollouts = build.sampling_of(config), []
-    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, LENGTH))
+    length = min(most := sampling.max_new_tokens, LENGTH)
     for round_ in range(math.ceil(config.mismatch.probe_tokens / COMPLETIONS)):  # enough even of single tokens
         places = range(round_ * COMPLETIONS, (round_ + 1) * COMPLETIONS)
         requests = [Request(prompts[i % len(prompts)], PROBE_STEP, i // len(prompts)) for i in places]
-        rollouts += generate(engine, requests, sampling)
+        fresh = generate(engine, requests, replace(sampling, max_new_tokens=length))
+        while length < most and not any(any(r.acted) for r in fresh):  # a block of latents that are no actions is longer
+            length = min(most, 2 * length)
+            fresh = generate(engine, requests, replace(sampling, max_new_tokens=length))
+        rollouts += fresh
         if sum(sum(r.acted) for r in rollouts) >= config.mismatch.probe_tokens:
             break
     return rollouts

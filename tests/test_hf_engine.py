@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import feedback
 import pytest
 import tiny
 import torch
@@ -16,6 +17,7 @@ from fastlatent.rollout.hf_engine import HFEngine
 from fastlatent.schema import AnswerConfig, ThinkingConfig
 from fastlatent.types import Capability, Sampling
 
+EVERY = [*METHODS.names(), *feedback.NAMES]
 FREE = (ThinkingConfig(end="####"), AnswerConfig())
 FORCED = (ThinkingConfig(end="####", force="\n#### ", max_tokens=12, stop=["\n"]), AnswerConfig(max_tokens=6, stop=["\n"]))
 SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
@@ -35,7 +37,7 @@ class Syncs(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("top_k", [0, 20])
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", EVERY)
 def test_a_decode_step_never_waits_for_the_device(method, top_k):
     engine = tiny.engine(tiny.policy(method), *FORCED, kv="static")
     original, seen = engine._step, []
@@ -58,7 +60,7 @@ def test_the_sync_detector_detects():
     assert syncs.seen == ["aten::_local_scalar_dense", "aten::nonzero"]
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", [*METHODS.names(), "feedback.Gaussian"])
 def test_the_decode_step_is_one_graph_without_recompiles(method):
     """fullgraph=True raises on a graph break; error_on_recompile on any further shape, over 100 steps."""
     torch._dynamo.reset()

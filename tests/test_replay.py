@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import feedback
 import pytest
 import tiny
 import torch
@@ -18,6 +19,7 @@ from fastlatent.types import Batch, Rollout, Sampling
 
 FORCED = (ThinkingConfig(end="####", force="\n#### ", max_tokens=12, stop=["\n"]), AnswerConfig(max_tokens=6, stop=["\n"]))
 SAMPLED = (ThinkingConfig(end="12"), AnswerConfig())  # "12" is a token of the tiny tokenizer: it is drawn now and then
+EVERY = [*METHODS.names(), *feedback.NAMES]  # also what a user wrote, by its dotted path
 LENGTHS = {"equal": [9, 9, 9], "unequal": [3, 17, 8]}
 TEMPERATURE = 0.8
 FP32_TOLERANCE = 2e-4
@@ -61,7 +63,7 @@ def without_latents(batch: Batch) -> None:
 @pytest.mark.parametrize("how", ["packed", "shared", "single"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("ends", [FORCED, SAMPLED], ids=["forced", "sampled"])
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", EVERY)
 def test_replay_in_float32(method, ends, lengths, how, family):
     policy = tiny.policy(method, family=family, is_tied=family == "llama")
     rollouts = draw(policy, ends, LENGTHS[lengths])
@@ -71,7 +73,7 @@ def test_replay_in_float32(method, ends, lengths, how, family):
 @pytest.mark.parametrize("how", ["packed", "shared", "single"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("ends", [FORCED, SAMPLED], ids=["forced", "sampled"])
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", EVERY)
 def test_replay_in_bfloat16(method, ends, lengths, how):
     policy = tiny.policy(method, dtype="bfloat16")
     rollouts = draw(policy, ends, LENGTHS[lengths])
@@ -82,7 +84,7 @@ def test_replay_in_bfloat16(method, ends, lengths, how):
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", EVERY)
 def test_replay_of_a_truncated_policy(method, freeze):
     policy = tiny.policy(method, freeze_embedding=freeze)
     rollouts = draw(policy, FORCED, LENGTHS["unequal"], top_k=20)
@@ -93,7 +95,7 @@ def test_replay_of_a_truncated_policy(method, freeze):
 
 
 @pytest.mark.parametrize("options", [{"kv": "static"}, {"max_batch": 3}, {"read_every": 5}, {"kv": "static", "read_every": 4}])
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", EVERY)
 def test_how_an_engine_batches_changes_no_token(method, options):
     policy = tiny.policy(method)
     plain, other = draw(policy, FORCED, LENGTHS["unequal"]), draw(policy, FORCED, LENGTHS["unequal"], **options)
@@ -131,8 +133,8 @@ def attended_pads(batch: Batch) -> None:
     batch.score_A = place_T[batch.score_A]
 
 
-LATENT = [name for name in METHODS.names() if METHODS.find(name, "").record_spec is not Method.record_spec]
-DRAWS_LATENTS = ["latent_grpo", "soft_grpo"]
+LATENT = [name for name in EVERY if METHODS.find(name, "").record_spec is not Method.record_spec]
+DRAWS_LATENTS = ["latent_grpo", "soft_grpo", "feedback.Gaussian"]
 
 
 @pytest.mark.parametrize("fault", [without_latents, shifted_record, attended_pads])
@@ -180,9 +182,9 @@ def test_weights_that_have_moved_move_the_densities(method):
     assert gaps(policy, batches(rollouts, "packed")).max() > FP32_TOLERANCE
 
 
-@pytest.mark.parametrize("fault", [stale_gate, stale_weights])
-def test_a_stale_engine_is_caught(fault):
-    policy = tiny.policy("hrpo")
+@pytest.mark.parametrize("method, fault", [("hrpo", stale_gate), ("hrpo", stale_weights), ("feedback.Hidden", stale_weights)])
+def test_a_stale_engine_is_caught(method, fault):
+    policy = tiny.policy(method)
     rollouts = draw(policy, FORCED, LENGTHS["unequal"])
     fault(policy)
     assert gaps(policy, batches(rollouts, "packed")).max() > FP32_TOLERANCE

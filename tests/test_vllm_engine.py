@@ -11,13 +11,13 @@ import pytest
 import test_replay
 import tiny
 import torch
-from test_replay import BF16_CONTROL_FACTOR, BF16_MEAN_TOLERANCE, FORCED, FP32_TOLERANCE, SAMPLED, TEMPERATURE, batches, gaps
+from test_replay import (
+    BF16_CONTROL_FACTOR, BF16_MEAN_TOLERANCE, EVERY, FORCED, FP32_TOLERANCE, SAMPLED, TEMPERATURE, batches, gaps)
 from waits import Crossings, watched
 
 from fastlatent.config import load_config
 from fastlatent.errors import UserError
 from fastlatent.evaluation import ablated
-from fastlatent.methods.base import METHODS
 from fastlatent.profiling import reset_timings, timings, watch
 from fastlatent.rollout.vllm_engine import CPU_HEAD_SIZES, VLLMEngine
 from fastlatent.schema import AnswerConfig, ThinkingConfig
@@ -69,7 +69,7 @@ def tokens(rollouts: list[Rollout]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("ends", ENDS)
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", EVERY)
 def test_replay_and_the_tokens_of_the_hf_engine(method, ends):
     ours = start(policy(method), ENDS[ends]).generate(requests(), SAMPLING)
     theirs = hf(policy(method), ENDS[ends], requests())
@@ -123,9 +123,10 @@ def test_long_completions():
 # ---- what the scheduler does ---------------------------------------------------------------------------------------------
 
 
-def test_preempted_requests_go_on_where_they_were(monkeypatch):
+@pytest.mark.parametrize("method", ["hrpo", "feedback.Hidden"])
+def test_preempted_requests_go_on_where_they_were(method, monkeypatch):
     # most completions cross from one block of 32 into the next, and there are too few blocks for all
-    engine, wanted = start(policy(), block_size=32, num_kv_blocks=9, max_prompt=64), requests([20, 28, 60])
+    engine, wanted = start(policy(method), block_size=32, num_kv_blocks=9, max_prompt=64), requests([20, 28, 60])
     scheduler = engine.engine.engine_core.engine_core.scheduler
     preempted, stock = [], scheduler._preempt_request
 
@@ -136,8 +137,8 @@ def test_preempted_requests_go_on_where_they_were(monkeypatch):
     monkeypatch.setattr(scheduler, "_preempt_request", count)
     rollouts = engine.generate(wanted, SAMPLING)
     assert len(preempted) > 3 and max(preempted) > 3  # in the middle of their thinking
-    assert tokens(rollouts) == tokens(hf(policy(), FORCED, wanted))
-    assert gaps(policy(), batches(rollouts, "packed")).max() <= FP32_TOLERANCE
+    assert tokens(rollouts) == tokens(hf(policy(method), FORCED, wanted))
+    assert gaps(policy(method), batches(rollouts, "packed")).max() <= FP32_TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

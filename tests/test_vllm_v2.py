@@ -32,8 +32,8 @@ def test_it_is_the_second_runner_scheduled_as_on_a_gpu():
     assert story()["scheduler"] == "AsyncScheduler" and story()["asleep"] is True
 
 
-# `reloaded` follows requests given up in the middle, and a sleep
-@pytest.mark.parametrize("part", ["forced", "reloaded", "sampled"])
+# `reloaded` follows requests given up in the middle, and a sleep; `fed back` are latents drawn around hidden states
+@pytest.mark.parametrize("part", ["forced", "reloaded", "sampled", "fed back"])
 def test_replay_and_the_tokens_of_the_hf_engine(part):
     found = story()[part]
     assert found["same_tokens"] and found["same_latents"]
@@ -43,13 +43,13 @@ def test_replay_and_the_tokens_of_the_hf_engine(part):
 
 
 def test_inputs_are_where_a_cuda_graph_was_told():
-    for part in ("forced", "reloaded", "sampled"):
+    for part in ("forced", "reloaded", "sampled", "fed back"):
         assert story()[part]["addresses"] == [story()[part]["captured"]]
 
 
 def test_nothing_of_ours_waits_for_the_device():
     """In no step, nor when a completion ends: asynchronous scheduling stays as it is."""
-    for part in ("forced", "reloaded", "sampled"):
+    for part in ("forced", "reloaded", "sampled", "fed back"):
         assert story()[part]["own_operators"] > 1000 and story()[part]["num_ended"] > 0
         assert story()[part]["waits"] == []
 

@@ -130,6 +130,8 @@ def main() -> None:
     out["reloaded"] = seen(engine, policy, FORCED)
     out["left"], out["kept"] = left_of(engine)
     out["sampled"] = seen(start(policy, SAMPLED), policy, SAMPLED)
+    fed = tiny.policy("feedback.Gaussian", num_heads=2)
+    out["fed back"] = seen(start(fed, FORCED), fed, FORCED)
     print(json.dumps(out))
 
 

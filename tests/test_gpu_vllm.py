@@ -12,6 +12,7 @@ import functools
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import feedback
 import pytest
 import tiny
 import torch
@@ -39,6 +40,7 @@ OPTIONS = {"max_batch": 16, "max_batch_tokens": 32, "kv_cache_gib": 0.05, "gpu_m
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ON_THE_DEVICE = [("cuda", method, dtype, eager) for eager in (False, True) for dtype in ("float32", "bfloat16")
                  for method in METHODS.names()]
+ON_THE_DEVICE += [("cuda", method, "float32", False) for method in feedback.NAMES]  # hidden states, through a graph
 CASES = [("cpu", "hrpo", "float32", False), ("cpu", "hrpo", "bfloat16", False),
          *(pytest.param(*case, marks=pytest.mark.gpu) for case in ON_THE_DEVICE)]
 

@@ -59,8 +59,8 @@ def describe(config: Config, policy: Policy) -> str:
     ops = "; ".join(f"{backend}: {', '.join(names)}" for backend, names in sorted(by_backend.items()))
     dtype = str(compute_dtype(config.model, device)).removeprefix("torch.")
     where = f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return (f"{config.method.name} on engine {config.engine.name}, {dtype} on {where}; update {_update(config, policy)}; "
-            f"ops {ops}")
+    drawn = f"on engine {config.engine.name}" if is_drawing(config) else "without an engine"
+    return f"{config.method.name} {drawn}, {dtype} on {where}; update {_update(config, policy)}; ops {ops}"
 
 
 def _update(config: Config, policy: Policy) -> str:
@@ -76,6 +76,11 @@ def _update(config: Config, policy: Policy) -> str:
 def sampling_of(config: Config, *, greedy: bool = False) -> Sampling:
     s = config.sampling
     return Sampling(s.temperature, s.top_k, s.top_p, s.max_new_tokens, greedy)
+
+
+def is_drawing(config: Config) -> bool:
+    """Whether training draws completions: to learn from them, or to answer held-out questions."""
+    return config.sft is None or config.eval.every > 0
 
 
 def has_latents(config: Config, policy: Policy) -> bool:

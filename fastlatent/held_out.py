@@ -31,9 +31,10 @@ class Measured:
 
 
 class HeldOut:
-    """The held-out questions and what came of them. `is_ablated`: in the end they are answered without the latents, too."""
+    """The held-out questions and what came of them. `is_ablated`: in the end they are answered without the latents, too.
+    `engine` is None where nothing is ever drawn, and so nothing due."""
 
-    def __init__(self, config: Config, prompts: Sequence[Prompt], policy: Policy, engine: RolloutEngine, tokenizer,
+    def __init__(self, config: Config, prompts: Sequence[Prompt], policy: Policy, engine: RolloutEngine | None, tokenizer,
                  pool: RewardPool):
         self.config, self.prompts, self.policy, self.engine = config, prompts, policy, engine
         self.tokenizer, self.pool = tokenizer, pool

@@ -29,7 +29,7 @@ class MemoryPlan:
     optimizer: int
     copies: int  # of the blocks' weights in the compute dtype, made by autocast and kept for the backward pass
     head: int  # most of the vocabulary head at once, beside its weight
-    engine_name: str
+    engine_name: str | None  # None: nothing is drawn
     engine: dict[str, int] = field(default_factory=dict)  # what the engine plans for itself; empty: it does not say
     capacity: int | None = None  # of the GPU; None on a CPU
 
@@ -37,11 +37,13 @@ class MemoryPlan:
         trainer = {"weights": self.weights, "reference": self.reference, "gradients": self.gradients,
                    "optimizer": self.optimizer, "copies": self.copies, "head": self.head}
         room = "" if self.capacity is None else f", of {_shown(self.capacity)}"
-        engine = _sum(self.engine) if self.engine else "as its own options say"
-        return [f"memory: update {_sum(trainer)}, and activations{room}", f"memory: engine {self.engine_name} {engine}"]
+        lines = [f"memory: update {_sum(trainer)}, and activations{room}"]
+        if self.engine_name is not None:
+            lines.append(f"memory: engine {self.engine_name} {_sum(self.engine) if self.engine else 'as its own options say'}")
+        return lines
 
 
-def plan(config: Config, policy: Policy, engine: RolloutEngine) -> MemoryPlan:
+def plan(config: Config, policy: Policy, engine: RolloutEngine | None) -> MemoryPlan:
     trained = policy.trainable().values()
     planned = getattr(engine, "planned_bytes", None)
     sampling, num_requests = build.sampling_of(config), config.num_prompts * config.group_size
@@ -50,7 +52,7 @@ def plan(config: Config, policy: Policy, engine: RolloutEngine) -> MemoryPlan:
         # AdamW: two moments in the dtype of the weight, and a float32 count
         optimizer=sum(2 * p.nbytes + 4 for p in trained), copies=_copies_bytes(policy),
         head=_head_bytes(policy, config.update.tokens_per_microbatch),
-        engine_name=config.engine.name,
+        engine_name=config.engine.name if engine is not None else None,
         engine=planned(num_requests, config.chat.max_prompt_tokens, sampling) if planned else {},
         capacity=torch.cuda.get_device_properties(policy.device).total_memory if policy.device.type == "cuda" else None)
 

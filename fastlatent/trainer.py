@@ -78,8 +78,9 @@ class Trainer:
             opened.callback(self.trackers.close)
             self.policy = build.policy(config, has_reference=config.objective.kl_coef > 0 and config.sft is None)
             manifest.keep_model(self.run_folder.path, build.model_files(config))  # the hub has sent it by now
-            self.engine = build.engine(config, self.policy, self.tokenizer)
-            opened.callback(self.engine.close)
+            self.engine = build.engine(config, self.policy, self.tokenizer) if build.is_drawing(config) else None
+            if self.engine is not None:
+                opened.callback(self.engine.close)
             self.optimizer = Optimizer(self.policy, config)
             self.update = Updater(self.policy, self.optimizer, config)
             self.held_out = HeldOut(config, held_out, self.policy, self.engine, self.tokenizer, self.pool)

@@ -330,10 +330,27 @@ def test_the_engine_has_handed_its_memory_back_while_the_weights_move(inside, mo
     assert seen == ["draw", *["released", "learn", "taken", "draw"] * 2]
 
 
-@pytest.mark.parametrize("words, doing, saved_at", [
-    ([], "drawing 4 completions", 0), (["eval.every=0"], "taking its memory again", 1)])
+def test_no_engine_is_built_where_nothing_is_drawn(inside, capsys, monkeypatch):
+    words = [*LATENT, *ROWS, "num_steps=2", "eval.ablations=false"]
+    drawing = SftTrainer(load_config(*words, "out=drawing", "eval.every=2")).run()
+    assert "on engine hf" in (told := capsys.readouterr().out) and "memory: engine hf" in told
+
+    def build(config, parts):
+        raise AssertionError("an engine was built")
+
+    monkeypatch.setattr(HFEngine, "build", build)
+    silent = SftTrainer(load_config(*words, "out=silent", "eval.every=0")).run()
+    told = capsys.readouterr().out
+    assert "latent_grpo without an engine, float32" in told and "memory: update" in told and "memory: engine" not in told
+    losses = [[row["sft/loss"] for row in read(run / "metrics.jsonl") if "sft/loss" in row] for run in (drawing, silent)]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    with pytest.raises(AssertionError, match="an engine was built"):
+        SftTrainer(load_config(*words, "out=another", "eval.every=2"))
+
+
+@pytest.mark.parametrize("doing, saved_at", [("drawing 4 completions", 0), ("taking its memory again", 1)])
 def test_an_engine_that_fails_ends_the_run_in_one_sentence_and_leaves_the_last_whole_step(
-        inside, capsys, monkeypatch, words, doing, saved_at):
+        inside, capsys, monkeypatch, doing, saved_at):
     @contextmanager
     def released(self):
         yield
@@ -343,9 +360,10 @@ def test_an_engine_that_fails_ends_the_run_in_one_sentence_and_leaves_the_last_w
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(HFEngine, "released", released)
-    monkeypatch.setattr(HFEngine, "generate", generate)
+    if not saved_at:
+        monkeypatch.setattr(HFEngine, "generate", generate)
     out = f"failing-{saved_at}"
-    assert sft_main([*LATENT, *ROWS, f"out={out}", "num_steps=3", "eval.num_samples=0", "eval.ablations=false", *words]) == 1
+    assert sft_main([*LATENT, *ROWS, f"out={out}", "num_steps=3", "eval.num_samples=0", "eval.ablations=false"]) == 1
     error, cause = capsys.readouterr().err, "RuntimeError: CUDA error: out of memory"
     assert error.startswith(f"error: the engine failed while {doing}: {cause}; saved step {saved_at}")
     assert error.count("\n") == 1 and newest(Path(out)) == saved_at

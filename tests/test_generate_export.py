@@ -91,6 +91,26 @@ def test_a_run_is_refused_where_another_model_took_the_place_of_its_own(another_
     (tmp_path / "manifest.json").rename("full/manifest.json")
 
 
+def test_a_run_is_refused_where_another_tokenizer_took_the_place_of_its_own(inside, tmp_path):
+    """Of the same size: two tokens have each other's id."""
+    file = Path("model/tokenizer.json")
+    own = file.read_text()
+    tree = json.loads(own)
+    ids = tree["model"]["vocab"]
+    ids["0"], ids["1"] = ids["1"], ids["0"]
+    try:
+        file.write_text(json.dumps(tree))
+        for main, *words in ((generate.main, QUESTION), (evaluate.main, "--limit=1"), (export.main, str(tmp_path / "new"))):
+            for name in ("lora", "full"):
+                with pytest.raises(UserError, match="^model.path: tokenizer.json has changed since the run in "):
+                    main([name, *words])
+        with pytest.raises(UserError, match="^model.path: tokenizer.json has changed since the run in full was started"):
+            train.main([*RUNS["full"], *WORDS, "out=full", "resume=auto"])
+    finally:
+        file.write_text(own)
+    open_run("full")
+
+
 # ---- generate -------------------------------------------------------------------------------------------------------
 
 

@@ -270,6 +270,11 @@ def test_a_model_is_known_by_what_its_files_hold(converted, tmp_path):
     (again / "README.md").write_text("news")
     (again / "consolidated.safetensors").write_bytes(b"what nobody reads")
     assert model_files(str(again)) == known
+    (again / "tokenizer.json").write_text("{}")
+    (again / "tokenizer_config.json").write_text("{}")
+    assert set(model_files(str(again))) - set(known) == {"tokenizer.json", "tokenizer_config.json"}
+    (again / "tokenizer.json").unlink()
+    (again / "tokenizer_config.json").unlink()
     break_config(rope_theta=5.0)(again)
     assert model_files(str(again)) == known | {"config.json": model_files(str(again))["config.json"]} != known
     for name, tensor in tensors.items():  # the first and the last, and most of those between
@@ -293,8 +298,11 @@ def test_a_model_of_the_hub_is_known_once_it_is_here(converted, tmp_path, monkey
     (snapshot.parents[1] / "refs" / "main").write_text("c0")
     shutil.copy(converted / "config.json", snapshot)
     assert model_files("some/model") == {}
-    shutil.copy(converted / "model.safetensors", snapshot)
-    assert model_files("some/model") == model_files(str(converted))
+    known = model_files(str(converted))
+    assert known.keys() > {"config.json", "model.safetensors", "tokenizer.json"}
+    for name in known:
+        shutil.copy(converted / name, snapshot)
+    assert model_files("some/model") == known
 
 
 def break_config(**changes):

@@ -250,6 +250,11 @@ def damage_checkpoint(path):
         ({**MODEL, "model.safetensors": "v"}, "model.safetensors has changed"),
         ({**MODEL, "model-00002-of-00002.safetensors": "w"}, "model-00002-of-00002.safetensors is new"),
         ({"config.json": "c"}, "model.safetensors is missing"))],
+    *[(lambda cwd: run(cwd, out="mine", model={**MODEL, "tokenizer.json": "t"}),
+       {"resume": "auto", "out": "mine", "model": model},
+       f"model.path: {what} since the run in .*mine was started; wanted the model as it was then") for model, what in (
+        ({**MODEL, "tokenizer.json": "u"}, "tokenizer.json has changed"), (MODEL, "tokenizer.json is missing"),
+        ({**MODEL, "tokenizer.json": "t", "chat_template.jinja": "j"}, "chat_template.jinja is new"))],
 ])
 def test_a_folder_that_cannot_be_used_is_one_sentence(tmp_path, prepare, changes, sentence):
     prepare(tmp_path)
@@ -309,6 +314,8 @@ def test_a_model_that_the_hub_sends_later_is_written_down_once_it_is_here(tmp_pa
     older = {name: value for name, value in manifest.read(path).items() if name != "model_files"}
     (path / "manifest.json").write_text(json.dumps(older))  # as it was before models were written down
     start(tmp_path, model={"config.json": "d"}, resume="auto").close()
+    (path / "manifest.json").write_text(json.dumps(older | {"model_files": MODEL}))  # and before tokenizers were
+    start(tmp_path, model={**MODEL, "tokenizer.json": "t"}, resume="auto").close()
 
 
 def test_git_state_is_of_the_checkout_that_tracks_the_code_or_none(tmp_path):

@@ -1,7 +1,8 @@
 """What a model's files hold, told apart at little cost: a run goes on with the model it was started with, or not at all.
 
-config.json is hashed whole. Of a file of weights its size is, and PAGES pages spread from its first number to its last: weights
-that were trained on or merged differ all over, and gigabytes need not be read.
+config.json and the tokenizer, which says what an id means, are hashed whole. Of a file of weights its size is, and PAGES pages
+spread from its first number to its last: weights that were trained on or merged differ all over, and gigabytes need not be
+read.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from fastlatent.errors import UserError
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 """Names of the files that `from_pretrained` reads weights from."""
 
+TOKENIZER = ("added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "tokenizer.json",
+             "tokenizer.model", "tokenizer_config.json", "vocab.json")
+"""Names of the files that `AutoTokenizer` reads the tokenizer of a Llama or Qwen from, and the text around a prompt."""
+
 PAGES, PAGE_BYTES = 64, 4096
 
 
@@ -26,7 +31,8 @@ def model_files(path: str) -> dict[str, str]:
     try:
         weights = sorted(file for file in folder.iterdir() if WEIGHTS.fullmatch(file.name)) if folder else []
         digests = {file.name: _digest_of_weights(file) for file in weights}
-        return {"config.json": _digest(folder / "config.json"), **digests} if weights else {}
+        whole = ["config.json", *(name for name in TOKENIZER if (folder / name).exists())] if weights else []
+        return {name: _digest(folder / name) for name in whole} | digests
     except OSError as error:
         raise UserError(f"model.path: {error.filename} cannot be read ({error.strerror})") from None
 

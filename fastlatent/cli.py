@@ -1,6 +1,7 @@
 """What every command line of the package shares: how errors end it, and how its words are told apart.
 
-`python -m fastlatent.<command>` ends in `run_command(main)`. A UserError is one sentence on stderr and exit code 2.
+`python -m fastlatent.<command>` ends in `run_command(main)`. A UserError is one sentence on stderr and exit code 2, a Failed is
+one and exit code 1.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import NoReturn
 
 from fastlatent import __version__
 from fastlatent.config.layers import is_override, recipes
-from fastlatent.errors import UserError
+from fastlatent.errors import Failed, UserError
 from fastlatent.output import Output
 
 USAGE = "python -m fastlatent.{command} RECIPE | FILE.yaml ... [key=value ...]"
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Call `main` with the command's words and exit with what it returns: 2 after a UserError, 130 after Ctrl-C.
+    """Call `main` with the command's words and exit with what it returns: 2 after a UserError, 1 after a Failed and 130 after
+    Ctrl-C.
 
     A reader of its output who has seen enough (`| head`) stops nothing; an output that takes nothing more is a UserError.
     """
@@ -39,9 +41,9 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
                     output.flush()  # what is left would be written when Python exits
         if output is not None and output.error is not None and not isinstance(output.error, BrokenPipeError):
             raise UserError(f"the output cannot be written ({output.error.strerror})")
-    except UserError as error:
+    except (UserError, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

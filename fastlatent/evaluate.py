@@ -17,6 +17,7 @@ from fastlatent.errors import UserError
 from fastlatent.evaluation import Sample
 from fastlatent.log import json_line
 from fastlatent.rewards.pool import RewardPool
+from fastlatent.rollout.failure import kept_in
 from fastlatent.schema import Config
 from fastlatent.step_metrics import sample_row
 from fastlatent.trained import add_arguments, add_engine, open_run, run_config
@@ -92,9 +93,10 @@ def main(argv: list[str]) -> None:
     prompts = [make_prompt(tokenizer, example, config.chat) for example in _examples(config, args.data, args.limit)]
     with RewardPool(config.rewards, columns=set(prompts[0].columns)) as pool:
         trained = open_run(args.run, args.checkpoint, args.device, args.engine)
-        samples = evaluation.evaluate(
-            trained.engine(), prompts, build.sampling_of(config, greedy=not args.samples), args.samples or 1, tokenizer, pool,
-            config.thinking.end)
+        with kept_in(Path(args.run)):
+            samples = evaluation.evaluate(
+                trained.engine(), prompts, build.sampling_of(config, greedy=not args.samples), args.samples or 1, tokenizer,
+                pool, config.thinking.end)
     missing = evaluation.missing_lines(samples, pool.report)
     print("\n".join([f"checkpoint {trained.path}", *report(samples, args.samples or 1), *missing]))
     out = Path(args.out or Path(args.run) / f"evaluation-{trained.step:06d}.jsonl")

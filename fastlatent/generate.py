@@ -3,6 +3,7 @@ did."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import fmean
 
 from fastlatent import build
@@ -11,6 +12,7 @@ from fastlatent.data.base import Example
 from fastlatent.data.chat import make_prompt
 from fastlatent.errors import UserError
 from fastlatent.evaluation import EVAL_STEP
+from fastlatent.rollout import failure
 from fastlatent.schema import ChatConfig
 from fastlatent.trained import Trained, add_arguments, add_engine, open_run, run_config
 from fastlatent.types import Prompt, Request, Rollout
@@ -24,9 +26,8 @@ def prompt_of(question: str, tokenizer, chat: ChatConfig) -> Prompt:
 def draw(trained: Trained, question: str, *, num_samples: int = 1, greedy: bool = True) -> list[tuple[Rollout, str]]:
     """Completions of one question with the method's own decoding, each with its text."""
     prompt = prompt_of(question, trained.tokenizer, trained.config.chat)
-    engine = trained.engine()
-    rollouts = engine.generate([Request(prompt, EVAL_STEP, i) for i in range(num_samples)],
-                               build.sampling_of(trained.config, greedy=greedy))
+    rollouts = failure.generate(trained.engine(), [Request(prompt, EVAL_STEP, i) for i in range(num_samples)],
+                                build.sampling_of(trained.config, greedy=greedy))
     return [(r, trained.tokenizer.decode(r.token_ids, skip_special_tokens=True)) for r in rollouts]
 
 
@@ -54,7 +55,8 @@ def main(argv: list[str]) -> None:
     config = run_config(args.run, args.device, args.engine)
     prompt_of(args.question, build.tokenizer(config), config.chat)  # what it refuses is known before weights are loaded
     trained = open_run(args.run, args.checkpoint, args.device, args.engine)
-    drawn = draw(trained, args.question, num_samples=args.samples or 1, greedy=not args.samples)
+    with failure.kept_in(Path(args.run)):
+        drawn = draw(trained, args.question, num_samples=args.samples or 1, greedy=not args.samples)
     print("\n\n".join(describe(trained, *row) for row in drawn))
 
 

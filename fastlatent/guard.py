@@ -7,11 +7,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastlatent.errors import Failed
 from fastlatent.types import Batch, LatentActions, Varlen
 from fastlatent.update import UpdateResult
 
 
-class TrainingDiverged(Exception):
+class TrainingDiverged(Failed):
     """`max_bad_steps` steps in a row were non-finite."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 # before torch starts its threads: without any spinning a decode step took about a third longer, and with libgomp's own
 # amount of it, beside a busy neighbour, ten times as long (two cores)
@@ -12,26 +11,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 from fastlatent.cli import parse_args, run_command  # noqa: E402
 
 
-def main(argv: list[str], command: str = "train") -> int:
-    """Run a training command, `train` or `sft`; what it exits with."""
+def main(argv: list[str], command: str = "train") -> None:
+    """Run a training command, `train` or `sft`."""
     layers, overrides = parse_args(argv, command)
     from fastlatent.config import load_config
 
     config = load_config(*layers, overrides=overrides)
-    from fastlatent.guard import TrainingDiverged
-    from fastlatent.rollout.failure import EngineFailed
-
     if command == "sft":
         from fastlatent.sft.trainer import SftTrainer as Trainer
     else:
         from fastlatent.trainer import Trainer
 
-    try:
-        Trainer(config, argv).run()
-    except (TrainingDiverged, EngineFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    Trainer(config, argv).run()
 
 
 if __name__ == "__main__":

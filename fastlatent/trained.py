@@ -13,6 +13,7 @@ from fastlatent.errors import UserError
 from fastlatent.models.files import TOKENIZER
 from fastlatent.policy import Policy
 from fastlatent.rollout.base import RolloutEngine
+from fastlatent.rollout.failure import load_weights
 from fastlatent.schema import Config
 
 
@@ -27,7 +28,7 @@ class Trained:
     def engine(self) -> RolloutEngine:
         """An engine with these weights, loaded as version `step`."""
         engine = build.engine(self.config, self.policy, self.tokenizer)
-        engine.load_weights(self.policy.published(), self.step)
+        load_weights(engine, self.policy.published(), self.step)
         return engine
 
 

@@ -17,7 +17,7 @@ from fastlatent.cli import parse_args, run_command, usage
 from fastlatent.config import family, member_schema
 from fastlatent.config.helptext import field_docs, help_text, options
 from fastlatent.config.layers import recipes
-from fastlatent.errors import UserError
+from fastlatent.errors import Failed, UserError
 from fastlatent.schema import FAMILIES, Config, LoraConfig
 
 
@@ -33,6 +33,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys):
 
     assert exit_code(run_command, main, ["x"]) == 2
     assert capsys.readouterr() == ("", "error: x: no such thing\n")
+
+
+def test_what_comes_to_nothing_is_one_sentence_and_exit_code_1(capsys):
+    def main(argv):
+        raise Failed(f"{argv[0]}: it went wrong")
+
+    assert exit_code(run_command, main, ["x"]) == 1
+    assert capsys.readouterr() == ("", "error: x: it went wrong\n")
 
 
 def test_interruption_is_exit_code_130_and_success_0(capsys):

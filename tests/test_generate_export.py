@@ -22,6 +22,7 @@ from fastlatent.errors import UserError
 from fastlatent.evaluate import interval, pass_at_k
 from fastlatent.log import read
 from fastlatent.packing import varlen
+from fastlatent.rollout.hf_engine import HFEngine
 from fastlatent.trained import open_run
 from fastlatent.types import Batch
 
@@ -223,6 +224,34 @@ def test_rewards_that_cannot_be_had_are_told_and_null(inside, capsys):
 
     rows = [json.loads(line, parse_constant=refuse) for line in (inside / "missing.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [None] * 4 and rows[0]["rewards"]["exact_number"] == 0.0
+
+
+# ---- an engine that fails -------------------------------------------------------------------------------------------
+
+
+def failing(*_):
+    raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+
+@pytest.mark.parametrize("main, words", [(generate.main, [QUESTION]), (evaluate.main, ["--out", "kept.jsonl"])])
+@pytest.mark.parametrize("call, doing", [("load_weights", "taking the weights of step 2"), ("generate", "drawing")])
+def test_an_engine_that_fails_is_one_sentence_and_takes_nothing_with_it(inside, capsys, monkeypatch, main, words, call, doing):
+    """Its traceback lies in the run's folder, where that can be written."""
+    Path("kept.jsonl").write_text("of another evaluation")
+    monkeypatch.setattr(HFEngine, call, failing)
+    kept = Path("plain/engine-failure.txt")
+    for is_writable, there in ((True, f"; its traceback is in {kept}\n"), (False, "\n")):
+        if not is_writable:
+            kept.unlink()
+            kept.mkdir()
+        with pytest.raises(SystemExit, match="^1$"):
+            run_command(main, ["plain", *words, "--checkpoint", "last"])
+        said = capsys.readouterr()
+        assert said.err.startswith(f"error: the engine failed while {doing}") and said.err.count("\n") == 1
+        assert said.err.endswith(f": RuntimeError: CUDA error: out of memory{there}") and said.out == ""
+        assert not is_writable or "TORCH_USE_CUDA_DSA" in kept.read_text()
+    kept.rmdir()
+    assert Path("kept.jsonl").read_text() == "of another evaluation"
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------

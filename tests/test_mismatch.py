@@ -477,7 +477,8 @@ def test_a_failing_engine_leaves_the_last_whole_step_and_one_sentence(
     out, words = tmp_path / "failing", [*WORDS, f"out={tmp_path / 'failing'}", "mismatch.probe_tokens=0"]
     with monkeypatch.context() as patch:
         fail_at(patch, call)
-        assert train.main(words) == 1
+        with pytest.raises(SystemExit, match="^1$"):
+            run_command(train.main, words)
     err = capsys.readouterr().err
     assert err.startswith("error: the engine failed while drawing ") and err.count("\n") == 1
     assert "RuntimeError: CUDA error: an illegal memory access was encountered; " in err
@@ -507,7 +508,8 @@ def test_an_engine_that_fails_between_two_draws_leaves_the_last_whole_step(
     with monkeypatch.context() as patch:
         patch.setattr(HFEngine, "load_weights", failing_load)
         patch.setattr(HFEngine, "released", failing_released)
-        assert train.main([*WORDS, f"out={out}", "mismatch.probe_tokens=0"]) == 1
+        with pytest.raises(SystemExit, match="^1$"):
+            run_command(train.main, [*WORDS, f"out={out}", "mismatch.probe_tokens=0"])
     err = capsys.readouterr().err
     assert err.startswith(f"error: the engine failed while {doing}: RuntimeError: CUDA error: out of memory; ")
     assert err.count("\n") == 1

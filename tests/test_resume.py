@@ -451,7 +451,8 @@ def test_a_diverged_run_says_one_sentence_and_exits_with_1(inside, monkeypatch, 
     poison(monkeypatch, {1, 2}, minibatch=1)
     words = ["objective.num_epochs=1", "objective.num_minibatches=1", "update.max_bad_steps=2"]
     monkeypatch.setattr("fastlatent.trainer.Trainer", lambda config, argv: trainer("sentence", 9, *words))
-    assert train.main(["grpo_quickstart"]) == 1
+    with pytest.raises(SystemExit, match="^1$"):
+        run_command(train.main, ["grpo_quickstart"])
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("error: 2 steps in a row had a non-finite loss or gradient")
 

@@ -268,8 +268,8 @@ def test_imitation_learns_latents_and_reasoning_goes_on_from_it(inside, capsys):
     evaluate.main(["run", "--limit=2", "--samples=4"])  # drawn with Gumbel noise
     table = capsys.readouterr().out
     assert all(f"pass@{k} " in table for k in (1, 2, 4))
-    assert train.main(["latent_grpo_quickstart", "model.path=latent-model", "model.dtype=float32", *ROWS, END, "log.live=plain",
-                       "group_size=2", "num_steps=1", "out=rl"]) == 0
+    train.main(["latent_grpo_quickstart", "model.path=latent-model", "model.dtype=float32", *ROWS, END, "log.live=plain",
+                "group_size=2", "num_steps=1", "out=rl"])
     out = capsys.readouterr().out
     assert "warning" not in out and "step 1/1" in out
     assert "step 0: latents off " in out and "collapse alarms: too few steps to tell (1)" in out
@@ -278,8 +278,8 @@ def test_imitation_learns_latents_and_reasoning_goes_on_from_it(inside, capsys):
 
 
 def test_a_model_that_has_not_learnt_latents_is_warned_of_once(inside, capsys):
-    assert train.main(["latent_grpo_quickstart", "model.path=model", "model.dtype=float32", *ROWS, END, "log.live=quiet",
-                       "group_size=2", "num_steps=1", "eval.every=0", "eval.ablations=false", "out=cold"]) == 0
+    train.main(["latent_grpo_quickstart", "model.path=model", "model.dtype=float32", *ROWS, END, "log.live=quiet",
+                "group_size=2", "num_steps=1", "eval.every=0", "eval.ablations=false", "out=cold"])
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(told) == 1 and "begin with python -m fastlatent.sft" in told[0]
 
@@ -363,7 +363,8 @@ def test_an_engine_that_fails_ends_the_run_in_one_sentence_and_leaves_the_last_w
     if not saved_at:
         monkeypatch.setattr(HFEngine, "generate", generate)
     out = f"failing-{saved_at}"
-    assert sft_main([*LATENT, *ROWS, f"out={out}", "num_steps=3", "eval.num_samples=0", "eval.ablations=false"]) == 1
+    with pytest.raises(SystemExit, match="^1$"):
+        run_command(sft_main, [*LATENT, *ROWS, f"out={out}", "num_steps=3", "eval.num_samples=0", "eval.ablations=false"])
     error, cause = capsys.readouterr().err, "RuntimeError: CUDA error: out of memory"
     assert error.startswith(f"error: the engine failed while {doing}: {cause}; saved step {saved_at}")
     assert error.count("\n") == 1 and newest(Path(out)) == saved_at

@@ -1,20 +1,22 @@
-"""An engine that fails while a run needs it: one sentence with its cause, so that the run can save itself before it ends."""
+"""An engine that fails while it is needed: one sentence with its cause, so that a run can save itself before it ends."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from traceback import format_exception
 
 from torch import Tensor
 
-from fastlatent.errors import UserError
+from fastlatent.errors import Failed, UserError
 from fastlatent.interrupt import Interrupted
 from fastlatent.rollout.base import RolloutEngine
 from fastlatent.types import Request, Rollout, Sampling
 
 
-class EngineFailed(Exception):
+class EngineFailed(Failed):
     """What an engine raised, in one sentence; the exception itself is the `__cause__`."""
 
 
@@ -43,6 +45,20 @@ def released(engine: RolloutEngine) -> Iterator[None]:
         raise
     with _telling("taking its memory again"):
         asleep.__exit__(None, None, None)
+
+
+@contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """Write the traceback of an EngineFailed to `folder / "engine-failure.txt"`, where that can be written, and say so."""
+    try:
+        yield
+    except EngineFailed as error:
+        path = folder / "engine-failure.txt"
+        try:
+            path.write_text("".join(format_exception(error)))
+        except OSError:
+            raise error from error.__cause__
+        raise EngineFailed(f"{error}; its traceback is in {path}") from error
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from fastlatent import train
 from fastlatent.cli import run_command
 
 
-def main(argv: list[str]) -> int:
-    return train.main(argv, "sft")
+def main(argv: list[str]) -> None:
+    train.main(argv, "sft")
 
 
 if __name__ == "__main__":

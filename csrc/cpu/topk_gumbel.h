@@ -175,18 +175,19 @@ static void topk_gumbel_rows(const TopkGumbel& args) {
     const GumbelRow<T> row(args, b, scratch);
     const Candidates candidates = row.candidates();
     const TopK best = row.winners(candidates, RowNoise(*args.seed, args.counter + 3 * b));
+    const float unknown = row.softmax.lse - row.softmax.lse;  // 0; NaN where a logit is, or all tokens are forbidden
     float total = 0;
     for (int i = 0; i < args.top_k; i++) {
       const int64_t at = b * args.top_k + i;
       args.ids[at] = best.id[i];
-      args.score[at] = best.logit[i];
+      args.score[at] = best.logit[i] + unknown;
       args.logprob[at] = logprob(load_one(row.logits + best.id[i]), args.inv_temperature, row.softmax.lse);
       total += args.weights[at] = expf((best.logit[i] - best.logit[0]) * args.inv_mixture_temperature);
     }
     for (int i = 0; i < args.top_k; i++) args.weights[b * args.top_k + i] /= total;
     args.token[b] = row.likeliest.id[0];
     const float log_kept = (float)log(candidates.mass / row.mass);
-    args.log_kept[b] = log_kept < 0 ? log_kept : 0.0f;
+    args.log_kept[b] = (log_kept > 0 ? 0.0f : log_kept) + unknown;
     args.num_candidates[b] = candidates.count;
     args.entropy[b] = row.softmax.entropy;
   });

@@ -90,7 +90,7 @@ static void topk_mixture_rows(const TopkMixture& args) {
       kept += p[i];
       squares += p[i] * p[i];
     }
-    const float inv_norm = 1.0f / sqrtf(squares);
+    const float inv_norm = 1.0f / sqrtf(squares) + (softmax.lse - softmax.lse);  // a NaN elsewhere in the row shows
     for (int i = 0; i < args.top_k; i++) {
       args.ids[b * args.top_k + i] = top.id[i];
       args.weights[b * args.top_k + i] = p[i] * inv_norm;

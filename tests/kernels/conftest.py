@@ -10,8 +10,9 @@ import torch
 
 if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0":
     collect_ignore = [f"test_{name}.py" for name in (
-        "advantage", "gate", "gate_decode", "gaussian_noise", "gaussian_reparam", "interpreter", "policy_gradient_triton",
-        "program_order", "soft_embedding", "token_logprob", "topk_gumbel", "topk_mixture", "vocab_head_triton")]
+        "advantage", "gate", "gate_decode", "gaussian_noise", "gaussian_reparam", "interpreter", "not_a_number",
+        "policy_gradient_triton", "program_order", "soft_embedding", "token_logprob", "topk_gumbel", "topk_mixture",
+        "vocab_head_triton")]
 else:
     from interpreter import install
 

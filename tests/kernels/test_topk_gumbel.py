@@ -189,18 +189,6 @@ def test_a_nan_among_the_logits_shows_and_every_id_is_one(top_p):
             assert logprob_BK[0].isnan().all() and not logprob_BK[1].isnan().any() and ids_BK[1, 0] == 300
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_triton_shows_a_nan_too_and_every_id_is_one(top_p):
-    logits_BV = torch.randn(4, 300, generator=torch.Generator().manual_seed(1))
-    logits_BV[0], logits_BV[1, 5], logits_BV[2, ::2] = torch.nan, torch.nan, torch.nan
-    out = topk_gumbel(logits_BV, 1.0, 20, top_p, ClippedGumbel(), 1.0, SEED, counters(4), backend="triton")
-    for ids in (out.ids_BK, out.likeliest_B):
-        assert ((ids >= 0) & (ids < 300)).all()
-    for numbers_B in (out.logprob_BK.sum(dim=1), out.log_kept_B, out.entropy_B):
-        assert numbers_B.isfinite().tolist() == [False, False, False, True]
-
-
 @pytest.mark.parametrize(("change", "message"), [
     ({"logits_BV": torch.zeros(9)}, "logits_BV: expected "), ({"temperature": 0.0}, "temperature: expected "),
     ({"top_k": 10}, "top_k: expected a whole number from 1 to 9, got 10"), ({"top_p": 0.0}, "top_p: expected "),

@@ -66,7 +66,8 @@ def topk_gumbel(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
     a token further below the k-th likeliest than its width cannot win.
 
     Args:
-        logits_BV: arithmetic is float32 (float64 for float64); -inf forbids a token.
+        logits_BV: arithmetic is float32 (float64 for float64); -inf forbids a token. Where one is NaN, or all are forbidden,
+            every number of the row is NaN, and its ids and the count of its candidates are any.
         noise: one Gumbel number per token, stream 2 of `fastlatent_kernels.noise`, index its id.
         seed, counter_B3: int64, see `fastlatent_kernels.noise`; (position, prompt id, step * 2**16 + sample).
     """
@@ -90,12 +91,12 @@ def topk_gumbel(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
 
 def _candidates(raw_BV: Tensor, logprob_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     """bool [B, V]: in the nucleus or among the k likeliest, and allowed."""
-    is_allowed_BV = raw_BV > -torch.inf
+    is_allowed_BV = (raw_BV > -torch.inf) | logprob_BV.isnan()  # what is not known is not hidden
     if top_p == 1:
         return is_allowed_BV
     order_BV = raw_BV.sort(dim=1, descending=True, stable=True).indices
     # float64: the sum of many small shares decides where the nucleus ends
     p_BV = logprob_BV.gather(1, order_BV).double().exp()
-    is_kept_BV = p_BV.cumsum(dim=1) - p_BV < top_p
+    is_kept_BV = ~(p_BV.cumsum(dim=1) - p_BV >= top_p)
     is_kept_BV[:, :top_k] = True
     return torch.zeros_like(is_kept_BV).scatter(1, order_BV, is_kept_BV) & is_allowed_BV

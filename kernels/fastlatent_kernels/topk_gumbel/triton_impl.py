@@ -60,8 +60,9 @@ def winners_kernel(logits_ptr, best_ptr, floor_ptr, lse_ptr, seed_ptr, counter_p
     weight_K = tl.exp((score_K - tl.max(score_K)) * inv_mixture_temperature)
     at_K = row * top_k + place_K
     tl.store(ids_ptr + at_K, id_K, mask=is_kept_K)
-    tl.store(score_ptr + at_K, score_K, mask=is_kept_K)
-    tl.store(logprob_ptr + at_K, logit_K * inv_temperature - tl.load(lse_ptr + row), mask=is_kept_K)
+    lse = tl.load(lse_ptr + row)
+    tl.store(score_ptr + at_K, score_K + (lse - lse), mask=is_kept_K)  # a row with a NaN shows it
+    tl.store(logprob_ptr + at_K, logit_K * inv_temperature - lse, mask=is_kept_K)
     tl.store(weights_ptr + at_K, weight_K / tl.sum(weight_K), mask=is_kept_K)
 
 

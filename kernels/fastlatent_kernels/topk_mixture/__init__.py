@@ -41,7 +41,8 @@ def topk_mixture(logits_BV: Tensor, temperature: float, top_k: int, top_p: float
     """Draw a token from softmax(logits / temperature) truncated to its top k and top p, without gradient.
 
     Args:
-        logits_BV: arithmetic is float32 (float64 for float64); -inf forbids a token.
+        logits_BV: arithmetic is float32 (float64 for float64); -inf forbids a token. Where one is NaN, or all are forbidden,
+            every number of the row is NaN, and its ids are any.
         top_p: keeps the tokens before which, likeliest first, less than this mass of the whole distribution lies.
         seed, counter_B3: int64, see `fastlatent_kernels.noise`; (position, prompt id, step * 2**16 + sample).
         greedy: take the likeliest token (the lowest id among equals); the weights keep their temperature.
@@ -58,7 +59,7 @@ def topk_mixture(logits_BV: Tensor, temperature: float, top_k: int, top_p: float
     p_BK = logprob_BK.exp()
     if top_p < 1:
         before_BK = p_BK.cumsum(dim=1) - p_BK
-        logprob_BK = torch.where(before_BK < top_p, logprob_BK, -torch.inf)
+        logprob_BK = torch.where(before_BK >= top_p, -torch.inf, logprob_BK)  # a NaN is kept
     log_kept_B = logprob_BK.logsumexp(dim=1).clamp(max=0.0)
     # relative to the likeliest, which is always kept: its 1 keeps the norm from underflow
     unscaled_BK = (logprob_BK - logprob_BK[:, :1]).exp()

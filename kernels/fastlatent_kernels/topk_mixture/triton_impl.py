@@ -66,7 +66,8 @@ def topk_mixture_kernel(
     tl.store(log_kept_ptr + row, tl.where(log_kept > 0.0, 0.0, log_kept))
     tl.store(entropy_ptr + row, entropy)
     tl.store(ids_ptr + row * top_k + place_K, id_K, mask=is_kept_K)
-    tl.store(weights_ptr + row * top_k + place_K, p_K / tl.sqrt(tl.sum(p_K * p_K)), mask=is_kept_K)
+    norm = tl.sqrt(tl.sum(p_K * p_K)) + (log_mass - log_mass)  # a NaN elsewhere in the row shows
+    tl.store(weights_ptr + row * top_k + place_K, p_K / norm, mask=is_kept_K)
 
 
 @triton.jit

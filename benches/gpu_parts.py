@@ -182,8 +182,8 @@ def tests(at: Place) -> Iterator[Step]:
 
 def vllm(at: Place) -> Iterator[Step]:
     """Rollouts in stock vLLM: the law in CUDA graphs, the promised rates, a run that learns, and what its scheduler does."""
-    if not has_vllm(at):
-        yield Step("vllm", (), 0, refusal="vLLM is not here")
+    if reason := no_vllm(at):
+        yield Step("vllm", (), 0, refusal=reason)
         return
     # one sleeps in a process, and an illegal address ends all that is on a GPU: two processes
     tests = ("pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:warnings", "tests/test_gpu_vllm.py", "-k")
@@ -208,10 +208,13 @@ def vllm(at: Place) -> Iterator[Step]:
         yield at.module(SMALL, *rates, "--mode", MODES, *long, "64", limit_s=90)
 
 
-def has_vllm(at: Place) -> bool:
-    """Whether the environment that the build made finds it."""
-    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    return subprocess.run([at.python, "-c", code], capture_output=True).returncode == 0
+def no_vllm(at: Place) -> str:
+    """Why the environment that the build made has no vLLM for this device; empty where it has one."""
+    code = ("import importlib.util, sys\n"
+            "if importlib.util.find_spec('vllm') is None:\n    print('vLLM is not here')\n    sys.exit()\n"
+            "import torch\nfrom fastlatent.vllm_plugin import surface\n"
+            "print(surface.no_build(torch.device(sys.argv[1])) or '')")
+    return subprocess.run([at.python, "-c", code, at.device], capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 
 def train(at: Place) -> Iterator[Step]:

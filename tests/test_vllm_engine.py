@@ -402,6 +402,20 @@ def test_the_norm_is_the_one_that_runs():
     assert ir.ops.rms_norm.dispatch(x, weight.bfloat16(), 1e-5).provider == "native"
 
 
+# ---- closed --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_beside_one_that_was_closed_says_why_it_draws_no_more():
+    first, second = start(policy()), start(policy())
+    drawn = tokens(second.generate(requests(), SAMPLING))
+    first.close()
+    for use in (lambda: second.generate(requests(), SAMPLING), lambda: second.load_weights(policy().published(), 1)):
+        with pytest.raises(RuntimeError, match="^another vllm engine of this process has been closed, which ends vLLM's "):
+            use()
+    for engine in (start(policy()), second):  # which finds the new one's groups
+        assert tokens(engine.generate(requests(), SAMPLING)) == drawn
+
+
 # ---- weights -------------------------------------------------------------------------------------------------------------
 
 

@@ -118,6 +118,7 @@ class VLLMEngine:
 
     @torch.no_grad()
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        _check_groups()
         own = {f"method.{name}": value for name, value in self.method.state_dict(keep_vars=True).items()}
         head_name = "model.embed_tokens.weight" if self.parts.model.tie_word_embeddings else "lm_head.weight"
 
@@ -173,7 +174,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Let go of all of vLLM's tensors, then shut it down: its pools of GPU memory, for one engine at a time, are given up
-        with whatever is still in them."""
+        with whatever is still in them. Other vllm engines of this process draw no more."""
         from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
         core, worker = self.engine.engine_core, self.engine.model_executor.driver_worker.worker
@@ -205,6 +206,7 @@ class VLLMEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         from vllm import SamplingParams
 
+        _check_groups()
         longest, room = self.span.longest(sampling.max_new_tokens), self.engine.model_config.max_model_len
         for request in requests:
             if (wanted := len(request.prompt.token_ids) + longest) > room:
@@ -261,6 +263,15 @@ class _Table:
 
     def __call__(self, token_ids_T: Tensor) -> Tensor:
         return torch.nn.functional.embedding(token_ids_T, self.weight)
+
+
+def _check_groups() -> None:
+    """RuntimeError where vLLM has no process groups: a process has one set of them, which every engine that is closed ends."""
+    from vllm.distributed import model_parallel_is_initialized
+
+    if not model_parallel_is_initialized():
+        raise RuntimeError("another vllm engine of this process has been closed, which ends vLLM's process groups for all of "
+                           "them: build this one anew, or close none before the last has drawn")
 
 
 def _start(config: VLLMEngine.Config, parts: EngineParts):

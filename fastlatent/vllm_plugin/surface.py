@@ -16,6 +16,7 @@ ENGINE = {
     "vllm.v1.engine.llm_engine": [f"LLMEngine.{name}" for name in (
         "add_request", "step", "has_unfinished_requests", "abort_request", "reset_prefix_cache", "sleep", "wake_up")],
     "vllm.v1.engine.core_client": ["InprocClient.shutdown"],
+    "vllm.distributed": ["model_parallel_is_initialized"],
     "vllm.model_executor.model_loader.reload.layerwise": ["LAYERWISE_INFO"],
     "vllm.v1.core.sched.output": ["NewRequestData.sampling_params", "NewRequestData.prompt_token_ids"],
 }

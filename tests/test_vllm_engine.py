@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import weakref
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -414,6 +415,22 @@ def test_an_engine_beside_one_that_was_closed_says_why_it_draws_no_more():
             use()
     for engine in (start(policy()), second):  # which finds the new one's groups
         assert tokens(engine.generate(requests(), SAMPLING)) == drawn
+
+
+def test_nothing_is_left_of_a_compiled_model_when_its_engine_is_closed(monkeypatch):
+    """As a GPU's is; vLLM hooks it into torch's compiler, which would keep it."""
+    import vllm
+
+    with monkeypatch.context() as patch:
+        stock, compiled = vllm.LLM, {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+        patch.setattr(vllm, "LLM", lambda **options: stock(**options | compiled))
+        engine = start(policy())
+    engine.generate(requests(), SAMPLING)
+    left = weakref.WeakSet(engine.runner.model.parameters())
+    assert engine.runner.model.model.compiled and len(left) > 10
+    engine.close()
+    assert [tuple(parameter.shape) for parameter in left] == []
+    start(policy())  # the groups that other tests' engines need
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------------

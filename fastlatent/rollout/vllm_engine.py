@@ -175,11 +175,14 @@ class VLLMEngine:
     def close(self) -> None:
         """Let go of all of vLLM's tensors, then shut it down: its pools of GPU memory, for one engine at a time, are given up
         with whatever is still in them. Other vllm engines of this process draw no more."""
+        from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
         from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
         core, worker = self.engine.engine_core, self.engine.model_executor.driver_worker.worker
         for layer in self.runner.model.modules():  # what reloading remembers of a layer holds it, keys and values included
             LAYERWISE_INFO.pop(layer, None)
+            if isinstance(layer, TorchCompileWithNoGuardsWrapper):
+                layer.cleanup()  # as does its hook into torch's compiler
         self.holder.seats = self.own_head_weight_VD = None
         self.runner.shutdown()
         del layer, self.holder, self.slots, self.method, self.table, self.runner, self.engine, worker.model_runner

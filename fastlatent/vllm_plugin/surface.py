@@ -17,6 +17,7 @@ ENGINE = {
         "add_request", "step", "has_unfinished_requests", "abort_request", "reset_prefix_cache", "sleep", "wake_up")],
     "vllm.v1.engine.core_client": ["InprocClient.shutdown"],
     "vllm.distributed": ["model_parallel_is_initialized"],
+    "vllm.compilation.wrapper": ["TorchCompileWithNoGuardsWrapper.cleanup"],
     "vllm.model_executor.model_loader.reload.layerwise": ["LAYERWISE_INFO"],
     "vllm.v1.core.sched.output": ["NewRequestData.sampling_params", "NewRequestData.prompt_token_ids"],
 }

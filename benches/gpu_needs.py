@@ -47,8 +47,8 @@ VLLM_NEEDS = [VLLM, *(Need(requirement, module, mb, "vllm imports it") for requi
     ("starlette==1.10.0", "starlette", 0.1), ("cachetools==8.0.1", "cachetools", 0.1),
     ("typing-inspection==0.4.5", "typing_inspection", 0.1), ("annotated-types==0.8.0", "annotated_types", 0.1),
     ("partial-json-parser==0.2.1.1.post7", "partial_json_parser", 0.1), ("sniffio==1.3.1", "sniffio", 0.1)))]
-"""vLLM, cut down as benches/gpu_vllm.py says, and what it imports of packages seldom there. Besides it wants aiohttp, cloudpickle,
-einops, pillow, prometheus-client, psutil, py-cpuinfo, regex and uvloop."""
+"""vLLM, cut down as benches/gpu_vllm.py says, and what it imports of packages seldom there. Besides it wants aiohttp,
+cloudpickle, einops, pillow, prometheus-client, psutil, py-cpuinfo, regex and uvloop."""
 
 NEEDS = [
     Need("multiprocess", "multiprocess", 0.2, "datasets"),

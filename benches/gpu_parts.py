@@ -241,14 +241,14 @@ def learn(at: Place, name: str, limit_s: float, *words: str, log: str | None = N
 def kernels(at: Place) -> Iterator[Step]:
     """Each op in a process of its own: one that fails takes no other with it."""
     if not at.is_cuda:
-        yield at.module("group_advantage", "benches.kernels", "--quick", "--device", "cpu", "--op", "group_advantage", "--backend",
-                        "reference", "--no-compile", "--dtype", "float32", "--out", at.results, limit_s=120)
+        yield at.module("group_advantage", "benches.kernels", "--quick", "--device", "cpu", "--op", "group_advantage",
+                        "--backend", "reference", "--no-compile", "--dtype", "float32", "--out", at.results, limit_s=120)
         return
     found = {path.parent.name for path in (ROOT / "kernels" / "fastlatent_kernels").glob("*/cases.py")}
 
     def measure(op: str, name: str, *words: str, limit_s: float, retry: Step | None = None) -> Step:
-        return at.module(name, "benches.kernels", "--op", op, "--model", MODEL, "--headlines", "--device", "cuda", *words, "--out",
-                         at.results, limit_s=limit_s, retry=retry)
+        return at.module(name, "benches.kernels", "--op", op, "--model", MODEL, "--headlines", "--device", "cuda", *words,
+                         "--out", at.results, limit_s=limit_s, retry=retry)
 
     for op in (*BY_VALUE, *sorted(found - set(BY_VALUE))):
         # compiling the reference may take longer than there is time, or fail; ours should be measured all the same
@@ -259,8 +259,8 @@ def kernels(at: Place) -> Iterator[Step]:
 
 def rollout(at: Place) -> Iterator[Step]:
     if not at.is_cuda:
-        yield at.module("tiny", "benches.rollout", "--model", at.random_model, "--engine", ENGINES, "--batch", "8", "--rounds", "1",
-                        "--out", at.results, limit_s=240)
+        yield at.module("tiny", "benches.rollout", "--model", at.random_model, "--engine", ENGINES, "--batch", "8",
+                        "--rounds", "1", "--out", at.results, limit_s=240)
         return
     yield from small_model(at)
     words = ("--engine", ENGINES, "--batch", "64", "--rounds", "3", "--out", at.results)
@@ -273,7 +273,8 @@ def rollout(at: Place) -> Iterator[Step]:
 def update(at: Place) -> Iterator[Step]:
     def against(name: str, rival: str, *words: str | Path, limit_s: float, retry: Step | None = None,
                 module: str = "update") -> Step:
-        return at.module(name, f"benches.{module}", "--against", rival, *words, "--out", at.results, limit_s=limit_s, retry=retry)
+        return at.module(name, f"benches.{module}", "--against", rival, *words, "--out", at.results, limit_s=limit_s,
+                         retry=retry)
 
     def step(name: str, *words: str | Path, limit_s: float) -> Step:
         alone = against(f"whole step, {name}, alone", "none", *words, limit_s=60, module="step")
@@ -281,14 +282,15 @@ def update(at: Place) -> Iterator[Step]:
 
     if not at.is_cuda:
         yield step("tiny", "--model", at.random_model, "--batch", "8", "--rounds", "1", limit_s=120)
-        yield against("tiny", "none", "--model", at.random_model, "--batch", "8", "--length", "40", "--rounds", "1", limit_s=240)
+        yield against("tiny", "none", "--model", at.random_model, "--batch", "8", "--length", "40", "--rounds", "1",
+                      limit_s=240)
         return
     yield from small_model(at)
     # 32 x 480 drawn tokens and their prompts: about 16k in one microbatch
     long = ("--model", at.random_model, "--batch", "32", "--length", "480", "--tokens-per-microbatch", "20000", "--rounds", "5")
     yield against(f"{MODEL}, 16k tokens", "none", *long, limit_s=150)
     yield against(f"{MODEL}, 16k tokens, compiled", "none", *long, "--with", "model.compile=true", limit_s=150)
-    models = [(name, words) for name, words in ((MODEL, ("--model", at.random_model)), (SMALL, ())) if words or at.has_small_model]
+    models = [(MODEL, ("--model", at.random_model)), *([(SMALL, ())] if at.has_small_model else [])]
     for name, words in models:
         yield step(name, *words, "--rounds", "3", limit_s=100)
     for name, words in reversed(models):
@@ -302,8 +304,8 @@ def sanitize(at: Place) -> Iterator[Step]:
     for check in ("memcheck", "racecheck"):
         words = ("--tool", check, "--error-exitcode", "99", "--print-limit", "100")
         # torch's caching would hide what lies outside of a tensor inside of a larger block
-        yield Step(check, (tool, *words, at.python, "-m", "benches.every_kernel", "--device", at.device, "--largest", str(10**6)), 260,
-                   env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, log="sanitize.txt", is_tool=True)
+        words += (at.python, "-m", "benches.every_kernel", "--device", at.device, "--largest", str(10**6))
+        yield Step(check, (tool, *words), 260, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, log="sanitize.txt", is_tool=True)
 
 
 def tool_path(name: str) -> str:

@@ -1,8 +1,8 @@
 """What a bare machine with a GPU needs to run stock vLLM, cut to what can be carried there.
 
 The wheel of vLLM 0.26.0 has 304 MB, most of it code for other GPUs and for models that fastlatent does not train. `cut_down`
-leaves both out and 33 MB over, and changes nothing else: what is installed is the released Python and, of the machine code, what
-this GPU loads. Standard library only.
+leaves both out and 33 MB over, and changes nothing else: what is installed is the released Python and, of the machine code,
+what this GPU loads. Standard library only.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """vLLM's engine on the device: the law of replay and the tokens of the hf engine, in CUDA graphs and without them; what its
 scheduler does; sleep and new weights; and that nothing of ours waits for the device.
 
-Each test also runs on a CPU where that says something. On a GPU vLLM attends in float32 with Triton's kernels (FlashAttention takes
-none), whose products the engine asks not to be made in TF32: with its 10 bits the law would not hold. Engines stay open, for the
-first that is closed ends vLLM's process groups for all of them, and only one of a process may sleep.
+Each test also runs on a CPU where that says something. On a GPU vLLM attends in float32 with Triton's kernels (FlashAttention
+takes none), whose products the engine asks not to be made in TF32: with its 10 bits the law would not hold. Engines stay open,
+for the first that is closed ends vLLM's process groups for all of them, and only one of a process may sleep.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def test_replay_and_the_tokens_of_the_hf_engine(device, method, dtype, eager):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_replay_of_the_quickstart_s_model(dtype):
-    """30 layers, where the model is at hand; in bfloat16, in which the hf engine is at 0.03 too, to what the parity probe allows."""
+    """30 layers, where the model is at hand; in bfloat16, in which the hf engine is at 0.03 too, to what the parity probe
+    allows."""
     if not (cache_dir() / SMOLLM2.name / MARKER).is_file() or not is_for_this_build("cuda"):
         pytest.skip("the small model is not at hand, or no vllm for a GPU")
     config = configured("hrpo_quickstart", SMOLLM2.name, "cuda", dtype, "engine.name=vllm", "engine.max_batch=32",

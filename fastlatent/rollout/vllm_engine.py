@@ -1,5 +1,5 @@
-"""Stock vLLM, in process, with our latents: paged attention, continuous batching and prefix caching are vLLM's, the inputs and the
-draws are ours (`fastlatent.vllm_plugin`). vLLM schedules names of tokens; the tokens are in our slots.
+"""Stock vLLM, in process, with our latents: paged attention, continuous batching and prefix caching are vLLM's, the inputs and
+the draws are ours (`fastlatent.vllm_plugin`). vLLM schedules names of tokens; the tokens are in our slots.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class VLLMEngine:
         max_batch: int = 64
         """Most completions decoded at once (vLLM: max_num_seqs)."""
         max_batch_tokens: int = 0
-        """Most tokens read in one step; longer prompts are read in chunks (vLLM: max_num_batched_tokens). 0: 1024 on a CPU, whose
-        caches more would leave, 4096 elsewhere; at least max_batch."""
+        """Most tokens read in one step; longer prompts are read in chunks (vLLM: max_num_batched_tokens). 0: 1024 on a CPU,
+        whose caches more would leave, 4096 elsewhere; at least max_batch."""
         kv_cache_gib: float = 2.0
         """Memory for keys and values on a CPU, in GiB."""
         gpu_memory_share: float = 0.4
@@ -57,8 +57,8 @@ class VLLMEngine:
         eager: bool = False
         """Never capture CUDA graphs; on a CPU nothing is ever captured or compiled."""
         block_size: int = 0
-        """Tokens in a block of keys and values; a group shares the whole blocks of its prompt. 0: 32, and 16 on a CPU whose attention
-        takes so few."""
+        """Tokens in a block of keys and values; a group shares the whole blocks of its prompt. 0: 32, and 16 on a CPU whose
+        attention takes so few."""
         runner: str = "auto"
         """vLLM's model runner: v2 on a GPU, v1 on a CPU (auto). v2 on a CPU needs Triton's interpreter and is for tests."""
         num_kv_blocks: int = 0
@@ -142,8 +142,8 @@ class VLLMEngine:
         self.version = version
 
     def _own_head_weight(self, weight_VD: Tensor) -> Tensor | None:
-        """The LM head's weight to draw with, where vLLM's own cannot be read: on a CPU vLLM keeps it only in a layout of its products,
-        which for tied embeddings is not even made again when weights are reloaded."""
+        """The LM head's weight to draw with, where vLLM's own cannot be read: on a CPU vLLM keeps it only in a layout of its
+        products, which for tied embeddings is not even made again when weights are reloaded."""
         if is_supported(self.parts.device, self.parts.dtype):
             return torch.ops.mkldnn._reorder_linear_weight(weight_VD.to(self.parts.dtype))
         if self.parts.device.type == "cpu" and not self.parts.model.tie_word_embeddings:
@@ -213,9 +213,9 @@ class VLLMEngine:
         longest, room = self.span.longest(sampling.max_new_tokens), self.engine.model_config.max_model_len
         for request in requests:
             if (wanted := len(request.prompt.token_ids) + longest) > room:
-                raise UserError(f"prompt {request.prompt.id}: {len(request.prompt.token_ids)} tokens and a completion of {longest} are "
-                                f"{wanted}, more than the {room} the vllm engine was started for (chat.max_prompt_tokens and "
-                                "sampling.max_new_tokens)")
+                raise UserError(f"prompt {request.prompt.id}: {len(request.prompt.token_ids)} tokens and a completion of "
+                                f"{longest} are {wanted}, more than the {room} the vllm engine was started for "
+                                "(chat.max_prompt_tokens and sampling.max_new_tokens)")
         keys = self.slots.begin(requests, sampling, self.method, self.span)
         if self.slots.next_key - self.first_key > self.slots.num_names:
             self.engine.reset_prefix_cache()
@@ -316,8 +316,8 @@ def _start(config: VLLMEngine.Config, parts: EngineParts):
             block_size=config.block_size or block_size,
             enforce_eager=is_cpu or config.eager, enable_prefix_caching=config.prefix_caching, **options)
     except Exception as error:  # a wrong option, too little memory, and whatever else vLLM and all it stands on may trip over
-        raise UserError(f"engine: vllm did not start: {_cause(error)} (memory: engine.kv_cache_gib, engine.gpu_memory_share; batch: "
-                        "engine.max_batch, engine.max_batch_tokens), or use engine.name=hf") from error
+        raise UserError(f"engine: vllm did not start: {_cause(error)} (memory: engine.kv_cache_gib, engine.gpu_memory_share; "
+                        "batch: engine.max_batch, engine.max_batch_tokens), or use engine.name=hf") from error
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
     return llm.llm_engine
@@ -332,5 +332,5 @@ def _cause(error: Exception) -> str:
     said = said.strip().partition("\n")[0]
     if said and isinstance(error, (ValueError, RuntimeError)):  # what vLLM raises on purpose
         return said
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {said}" if said else f"{type(error).__name__} in {last.filename}:{last.lineno}, {last.line}"
+    last, kind = traceback.extract_tb(error.__traceback__)[-1], type(error).__name__
+    return f"{kind}: {said}" if said else f"{kind} in {last.filename}:{last.lineno}, {last.line}"

@@ -1,7 +1,7 @@
 """The folder vLLM reads a model's configuration from: one and the same for the same configuration.
 
-vLLM keeps what it has compiled by a hash of, among others, its model's path. A folder that is new at every start would have it compile
-at every start, and keep it all.
+vLLM keeps what it has compiled by a hash of, among others, its model's path. A folder that is new at every start would have it
+compile at every start, and keep it all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from fastlatent.models.smollm2 import cache_dir
 
 
 def config_folder(model: PretrainedConfig) -> Path:
-    """`<cache>/vllm/<hash of config.json>`, with nothing but that file. UserError where it is not there and cannot be written."""
+    """`<cache>/vllm/<hash of config.json>`, with nothing but that file. UserError where it is not there and cannot be
+    written."""
     cache, content = cache_dir() / "vllm", model.to_json_string().encode()
     file = cache / hashlib.sha256(content).hexdigest()[:16] / "config.json"
     try:

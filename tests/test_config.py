@@ -8,13 +8,15 @@ import sys
 import pytest
 import yaml
 
-from fastlatent.config import from_dict, load_config, to_dict
+from fastlatent.config import from_dict, load_config, option_names, to_dict
+from fastlatent.config.helptext import options
 from fastlatent.config.validation import SCHEDULES
 from fastlatent.errors import UserError
 from fastlatent.methods.hrpo import HRPO
 from fastlatent.rewards.base import RewardConfig
+from fastlatent.rollout.vllm_engine import VLLMEngine
 from fastlatent.runfolder import RunFolder
-from fastlatent.schema import LoraConfig
+from fastlatent.schema import Config, LoraConfig
 
 QUICK = "hrpo_quickstart"
 
@@ -203,6 +205,16 @@ ERRORS = [
     ("nonsense=1", "nonsense: no such option; options here are recipe, seed"),
     ("method.name=hrp", "method.name: 'hrp' is not one of "),
     ("rewards.0.name=exact", "rewards.0.name: 'exact' is not one of "),
+    # names of other sections
+    ("lr=1e-6", "lr: no such option; did you mean optim.lr?"),
+    ("objective.temperature=1", "objective.temperature: no such option; did you mean sampling.temperature?"),
+    ("every=5", "every: no such option; did you mean eval.every or checkpoint.every?"),
+    ("lora={}", "lora: no such option; did you mean model.lora?"),
+    # names of other trainers
+    ("num_generations=8", "num_generations: no such option; did you mean group_size?"),
+    ("optim.learning_rate=1", "optim.learning_rate: no such option; did you mean optim.lr?"),
+    ("epsilon=0.2", "epsilon: no such option; did you mean objective.clip_low and objective.clip_high?"),
+    ("method.residual_r_min=0.9", "method.residual_r_min: no such option; did you mean method.r_min?"),
     # types
     ("optim.lr=fast", "optim.lr: wanted a number, got 'fast'"),
     ("num_steps=2.5", "num_steps: wanted a whole number, got 2.5"),
@@ -312,6 +324,18 @@ def test_bad_bytes_and_missing_files_are_refused(tmp_path):
     for name, sentence in [("bytes.yaml", "not valid yaml: wanted a text in UTF-8"), ("none.yaml", "no such file")]:
         with pytest.raises(UserError, match=f"{name}: {sentence}"):
             load_config(tmp_path / name)
+
+
+def test_names_of_other_trainers_are_theirs_and_lead_to_options_of_ours():
+    from trl import GRPOConfig as TrlConfig
+    from trl import ModelConfig as TrlModelConfig
+
+    theirs = {field.name for field in dataclasses.fields(TrlConfig)}
+    assert theirs >= {*option_names.TRL, *option_names.TRAINING_ARGUMENTS}
+    assert {field.name for field in dataclasses.fields(TrlModelConfig)} >= set(option_names.MODEL_CONFIG)
+    ours = {path for path, _, _ in options(Config)} | {"model.lora", "rewards.0.weight", "engine.name=vllm"}
+    ours |= {path for path, _, _ in options(HRPO.Config, "method")} | {path for path, _, _ in options(VLLMEngine.Config, "engine")}
+    assert {path for meant in option_names.ELSEWHERE.values() for path in meant.split(" and ")} <= ours
 
 
 def test_unknown_recipe_is_answered_with_the_nearest():

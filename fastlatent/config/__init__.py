@@ -12,7 +12,6 @@ what a configuration must be beyond its types, and `helptext` explains every opt
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from fastlatent.config import option_names
 from fastlatent.config.layers import Tree, family_defaults, is_override, merge_layer, read_layers
 from fastlatent.config.validation import validate
 from fastlatent.errors import UserError
@@ -130,9 +130,7 @@ def _misfit(hint: Any, value: Any, path: str) -> UserError:
     (key, below), = value.items()
     names = [f.name for f in dataclasses.fields(section)]
     if key not in names:
-        near = difflib.get_close_matches(str(key), names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"options here are {', '.join(names)}"
-        return UserError(f"{_join(path, key)}: no such option; {hint}")
+        return UserError(f"{_join(path, key)}: no such option; {option_names.hint(str(key), section)}")
     return _misfit(typing.get_type_hints(section)[key], below, _join(path, key))
 
 

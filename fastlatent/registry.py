@@ -37,7 +37,7 @@ class Family:
     def find(self, name: str, where: str):
         """The member called `name`, or the object at that dotted path; UserError naming the config key `where`."""
         if "." in name or ":" in name:
-            return import_path(name, where)
+            return import_own(name, where)
         if name not in self._members:
             known = self.names()
             if name not in known:
@@ -45,12 +45,27 @@ class Family:
         return self._members[name]
 
 
+def import_own(path: str, where: str):
+    """The object of a user's own at `package.module:name` or `package.module.name`; UserError where it cannot be had."""
+    module_name, _, attribute = path.rpartition(":" if ":" in path else ".")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise UserError(f"{where}: {path!r} is no dotted path; f in a file own.py here is own.f")
+    try:
+        return import_path(path, where)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise UserError(f"{where}: importing {path!r} failed with {type(error).__name__}: {error}") from error
+
+
 def import_path(path: str, where: str):
     """The object at `package.module:name` or `package.module.name`; UserError where there is none."""
     module_name, _, attribute = path.rpartition(":" if ":" in path else ".")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(f"{where}: {path!r}: no module named {error.name!r} can be imported from here") from None
+    try:
+        return getattr(module, attribute)
     except AttributeError:
         raise UserError(f"{where}: module {module_name!r} has no {attribute!r}") from None

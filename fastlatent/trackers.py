@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastlatent.errors import UserError
-from fastlatent.registry import import_path
+from fastlatent.registry import import_own
 
 WANTED = "a class with log(metrics, step) and close()"
 
@@ -71,7 +71,7 @@ def _maker(name: str, where: str) -> Callable[[Path], Tracker]:
         return TensorBoard
     if "." not in name and ":" not in name:
         raise UserError(f"{where}: {name!r} is neither tensorboard nor the dotted path of {WANTED}")
-    tracker = import_path(name, where)
+    tracker = import_own(name, where)
     if missing := [method for method in ("log", "close") if not callable(getattr(tracker, method, None))]:
         raise UserError(f"{where}: {name!r} has no {missing[0]}(); wanted {WANTED}")
     return lambda folder: tracker()

@@ -33,6 +33,7 @@ FILES = {
     "own.py": "def f(completion):\n    return 1.0\n",
     "wants.py": "def column(completion, difficulty):\n    return 1.0\n",
     "broken_reward.py": "raise RuntimeError('not today')\n",
+    "old_reward.py": "import math\nhalf = math.halve(1)\n",
     "only_tokens.py": "from fastlatent.rollout.hf_engine import HFEngine\nfrom fastlatent.types import Capability\n"
                       "class Engine(HFEngine):\n    capabilities = frozenset({Capability.TOKENS})\n",
 }
@@ -123,6 +124,9 @@ TRAIN = {
     "rewards=[{name: exact}]": "rewards.0.name: 'exact' is not one of ",
     "rewards=[{name: nowhere.reward}]": "rewards.0.name: 'nowhere.reward': no module named 'nowhere' can be imported",
     "rewards=[{name: own.g}]": "rewards.0.name: module 'own' has no 'g'",
+    "rewards=[{name: ./own.py:f}]": "rewards.0.name: './own.py:f' is no dotted path; f in a file own.py here is own.f",
+    "rewards=[{name: broken_reward.f}]": "rewards.0.name: importing 'broken_reward.f' failed with RuntimeError: not today",
+    "rewards=[{name: old_reward.f}]": "rewards.0.name: importing 'old_reward.f' failed with AttributeError: module 'math' has",
     "rewards=[{name: wants.column}]": "rewards.0.name: wants.column wants a column 'difficulty'",
     "rewards=[]": "rewards: wanted at least one reward",
     # types and ranges

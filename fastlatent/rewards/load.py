@@ -38,15 +38,15 @@ def load_reward(path: str, options: dict[str, Any], where: str, columns: Collect
     Raises:
         UserError: it cannot be imported, is no function, or asks for arguments that nobody will give.
     """
+    function = REWARDS.find(path, f"{where}.name")
     try:
-        function = REWARDS.find(path, f"{where}.name")
         warm_up = getattr(function, "warm_up", None)
         if warm_up is not None:
             warm_up()
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise UserError(f"{where}.name: importing {path!r} failed with {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
+        raise UserError(f"{where}.name: warming up {path!r} failed with {type(error).__name__}: {error}") from error
     return Reward(function, options, _taken(function, path, options, where, columns))
 
 

@@ -107,6 +107,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         text = Path(path).read_text()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a file of benchmark results") from None
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)

@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 
+from fastlatent.errors import UserError
 from fastlatent.metrics import check
 
 
@@ -69,11 +70,22 @@ class MetricsLog(StepLog):
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a log, without a last line that is not finished; empty where there is no log."""
+    """The rows of a log, without a last line that is not finished; empty where there is no log. UserError where it was damaged."""
     if not Path(path).exists():
         return []
     content = Path(path).read_bytes()
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].split(b"\n") if line]
+    lines = content[: content.rfind(b"\n") + 1].split(b"\n")
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def _row(line: bytes, source: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or "step" not in row:
+        raise UserError(f"{source}: not a line of a run's log")
+    return row
 
 
 def json_line(row: dict) -> bytes:

@@ -41,21 +41,21 @@ def main(words: list[str]) -> None:
         raise UserError(f"--figure: wanted a name that ends in .svg, got {args.figure}")
     rows, work, figure, timeline = _read(path)
     if args.figure is not None:
-        _write_figure(args.figure, path, timeline)
+        if timeline is None:
+            raise UserError(f"--figure: {path} holds sums of steps, and a timeline needs a recording of `profile.steps=...`")
+        _write("--figure", args.figure, timeline_file(timeline))
     lines = [*_table(rows, work), "", *_top(rows, work)]
     print("\n".join(lines).rstrip())
     out = path.with_name(f"{path.name.partition('.')[0]}.profile.html")
-    out.write_text(page(path.name, figure, lines))
+    _write("FILE", out, page(path.name, figure, lines))
     print(f"\n{out}")
 
 
-def _write_figure(figure: Path, path: Path, timeline: Timeline | None) -> None:
-    if timeline is None:
-        raise UserError(f"--figure: {path} holds sums of steps, and a timeline needs a recording of `profile.steps=...`")
+def _write(what: str, path: Path, text: str) -> None:
     try:
-        figure.write_text(timeline_file(timeline))
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--figure: cannot write {figure}: {error.strerror}") from None
+        raise UserError(f"{what}: cannot write {path}: {error.strerror}") from None
 
 
 # ---- what the file is -----------------------------------------------------------------------------------------------

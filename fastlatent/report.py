@@ -16,6 +16,7 @@ from typing import Any
 
 from fastlatent import log, manifest
 from fastlatent.cli import Parser, run_command
+from fastlatent.errors import UserError
 from fastlatent.figures import draw, figures_of
 from fastlatent.metrics import NAMES
 from fastlatent.runfolder import leaves, read_config
@@ -140,7 +141,11 @@ def _page(title: str, parts: list[str]) -> str:
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m fastlatent.report", description=__doc__.partition("\n")[0])
     parser.add_argument("run", metavar="RUN", help="run folder, as printed by training")
-    print(write_report(Path(parser.parse_args(argv).run)))
+    run = Path(parser.parse_args(argv).run)
+    try:
+        print(write_report(run))
+    except OSError as error:
+        raise UserError(f"RUN: {error.filename or run} cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

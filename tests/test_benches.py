@@ -159,6 +159,9 @@ def test_a_file_that_holds_something_else_is_refused_by_line(tmp_path):
     path = tmp_path / "odd.jsonl"
     _write(path, {"wall_s": 1.0})
     path.write_text(path.read_text() + "{}\n")
+    (tmp_path / "odd.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(UserError, match="odd.png: not a file of benchmark results"):
+        compare.main([str(tmp_path / "odd.png")] * 2)
     with pytest.raises(UserError, match="odd.jsonl, line 2: not a benchmark result"):
         results.read(path)
 

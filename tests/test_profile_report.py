@@ -250,6 +250,14 @@ def test_a_figure_is_refused_where_there_is_no_timeline_or_no_place(tmp_path):
             profile_report.main([str(tmp_path / file), "--figure", str(tmp_path / figure)])
 
 
+def test_a_page_that_cannot_be_written_is_refused_after_its_numbers(tmp_path, capsys):
+    (tmp_path / "x.json").write_text(json.dumps(chrome()))
+    (tmp_path / "x.profile.html").mkdir()
+    with pytest.raises(UserError, match="^FILE: cannot write .*x.profile.html: Is a directory$"):
+        profile_report.main([str(tmp_path / "x.json")])
+    assert capsys.readouterr().out.startswith("range ")
+
+
 def test_names_from_a_file_are_text(tmp_path):
     trace = chrome()
     for event in trace["traceEvents"]:

@@ -101,3 +101,21 @@ def test_the_command_takes_one_run_folder(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         run_command(report.main, ["--help"])
     assert caught.value.code == 0 and "report.html" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_is_refused(tmp_path):
+    path = make_run(tmp_path)
+    (path / "report.html").mkdir()
+    with pytest.raises(UserError, match="^RUN: .*report.html cannot be written \\(Is a directory\\)$"):
+        report.main([str(path)])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("line", ["not json", "3", '{"reward": 1.0}'])
+def test_a_damaged_log_is_refused_with_the_line(tmp_path, name, line):
+    path = make_run(tmp_path)
+    with open(path / name, "a") as file:
+        file.write(f"{line}\n")
+    number = len((path / name).read_text().splitlines())
+    with pytest.raises(UserError, match=f"{name}, line {number}: not a line of a run's log$"):
+        report.main([str(path)])

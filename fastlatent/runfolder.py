@@ -108,7 +108,12 @@ class RunFolder:
             newest = next(reversed(checkpoint.find(self.path)), None)
             there = "no checkpoint is there" if newest is None else f"step {newest} is there"
             raise UserError(f"{self.path}: cannot be written any more ({getattr(error, 'strerror', None) or error}); {there}; "
-                            f"when it can, go on with out={self.path} resume=auto") from error
+                            f"when it can, {self.how_to_go_on}") from error
+
+    @property
+    def how_to_go_on(self) -> str:
+        """`go on with` the words after python -m fastlatent.train that resume this run, however it was started."""
+        return f"go on with {self.path / 'config.yaml'} out={self.path} resume=auto"
 
     def __enter__(self) -> RunFolder:
         return self

@@ -119,14 +119,14 @@ class Trainer:
                 self._finish(view)
             except Interrupted:
                 self._save()
-                view.note(f"interrupted: saved step {self.step} in {run.path}; go on with out={run.path} resume=auto")
+                view.note(f"interrupted: saved step {self.step} in {run.path}; {run.how_to_go_on}")
                 self._report()
             except EngineFailed as error:
                 # no step was being learnt from, so the weights are those of the last whole one
                 self._save()
                 (run.path / "engine-failure.txt").write_text("".join(format_exception(error)))
-                raise EngineFailed(f"{error}; saved step {self.step} in {run.path} beside engine-failure.txt; go on with "
-                                   f"out={run.path} resume=auto") from error
+                raise EngineFailed(f"{error}; saved step {self.step} in {run.path} beside engine-failure.txt; "
+                                   f"{run.how_to_go_on}") from error
             except OutOfMemory as error:
                 if not error.is_whole:  # the weights are those of a part of a step
                     raise

@@ -334,6 +334,14 @@ def test_an_interrupted_run_has_its_report(inside, monkeypatch):
     assert drawn == [(path, 1)]  # what can be lost is saved first
 
 
+def test_the_words_an_interrupted_run_leaves_are_enough_to_go_on(inside, uninterrupted, monkeypatch, capsys):
+    signal_at(monkeypatch, Trainer, "_collect", 2, is_after=False)
+    trainer("told", 4).run()
+    said = capsys.readouterr().out.rpartition("go on with ")[2].split()
+    assert said == ["told/config.yaml", "out=told", "resume=auto"]
+    assert_same(outcome(Trainer(load_config(*said)).run()), uninterrupted)
+
+
 def test_a_step_is_saved_once_whatever_asks_for_it(inside, monkeypatch):
     """The third is one to save, the best so far and the last."""
     save, saved = RunFolder.save, []

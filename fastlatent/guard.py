@@ -1,19 +1,22 @@
-"""Non-finite steps: skipped by the optimizer, counted here, written down for reproduction, and fatal when they do not stop."""
+"""Non-finite steps: skipped by the optimizer, counted here, written down for reproduction, and fatal when they do not stop.
+Non-finite weights are fatal at once."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastlatent.errors import Failed
-from fastlatent.types import Batch, LatentActions, Varlen
+from fastlatent.types import Batch, LatentActions, Rollout, Varlen
 from fastlatent.update import UpdateResult
 
 
 class TrainingDiverged(Failed):
-    """`max_bad_steps` steps in a row were non-finite."""
+    """`max_bad_steps` steps in a row were non-finite, or the weights are."""
 
 
 class Guard:
@@ -21,6 +24,13 @@ class Guard:
         self.folder, self.max_bad_steps = folder, max_bad_steps
         self.num_skipped = self.num_in_a_row = 0
         self.path: Path | None = None  # of the last reproduction file
+
+    def check_drawn(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """Raise TrainingDiverged where weights that are not finite drew these. The loss would not tell: their completions are all
+        alike, so are the rewards, and nothing is learnt from them."""
+        if not all(math.isfinite(e) for r in rollouts for e, is_action in zip(r.entropy, r.acted, strict=True) if is_action):
+            raise TrainingDiverged(f"the weights of step {step} are not finite, or give probabilities that are not; a lower "
+                                   "optim.lr is the first thing to try")
 
     def count(self, step: int, result: UpdateResult, metrics: dict[str, float]) -> None:
         """Count a skipped step and write down what its first skipped optimizer step learnt from."""

@@ -195,6 +195,7 @@ class Trainer:
                 drawing.tokens = sum(len(r.token_ids) for r in rollouts)
                 if any(r.version != self.step for r in rollouts):
                     raise RuntimeError(f"engine sampled under version {rollouts[0].version}, expected {self.step}")
+                self.guard.check_drawn(self.step, rollouts)
                 with span("rollout/reward"):
                     scored, report = evaluation.score(rollouts, self.tokenizer, self.pool, config.thinking.end)
             fresh = [self._group(scored[i : i + config.group_size]) for i in range(0, len(scored), config.group_size)]

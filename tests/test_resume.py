@@ -455,6 +455,13 @@ def test_steps_that_stay_not_finite_end_the_run_and_keep_the_last_good_checkpoin
     assert all(tensor.isfinite().all() for group in last.tensors.values() for tensor in group.values())
 
 
+def test_weights_that_are_not_finite_end_the_run_though_every_reward_is_equal_and_nothing_is_learnt(inside):
+    """Adam moves each weight by the learning rate: the next forward pass overflows."""
+    with pytest.raises(TrainingDiverged, match="^the weights of step 1 are not finite"):
+        trainer("overflown", 4, "optim.lr=1e30").run()
+    assert [row["step"] for row in read(Path("overflown") / "metrics.jsonl") if "reward" in row] == [1]
+
+
 def test_a_diverged_run_says_one_sentence_and_exits_with_1(inside, monkeypatch, capsys):
     poison(monkeypatch, {1, 2}, minibatch=1)
     words = ["objective.num_epochs=1", "objective.num_minibatches=1", "update.max_bad_steps=2"]

@@ -47,14 +47,18 @@ def add_engine(parser) -> None:
 
 def run_config(folder: str, device: str | None = None, engine: str | None = None) -> Config:
     """The configuration of a run as it is used here: where nothing is learnt, on this device, by this engine."""
-    path = Path(folder)
-    if not (path / "config.yaml").is_file():
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
         raise UserError(f"{folder}: is no run folder: it has no config.yaml")
+    try:
+        load_config(path)
+    except UserError as error:  # of the file, as another version may have written it: nobody typed these options here
+        raise UserError(f"{'' if str(error).startswith(str(path)) else f'{path}: '}{error}") from None
     # what only makes the update faster may not run here, where nothing is learnt
     overrides = ["model.attention=auto", "model.liger=false", "model.compile=false"]
     chosen = {"model.device": device, "engine.name": engine}
     overrides += [f"{key}={value}" for key, value in chosen.items() if value]
-    return settled(load_config(path / "config.yaml", overrides=overrides))[0]
+    return settled(load_config(path, overrides=overrides))[0]
 
 
 def open_run(folder: str, which: str = "best", device: str | None = None, engine: str | None = None) -> Trained:

@@ -55,6 +55,10 @@ def folder(tmp_path_factory):
     (path / "run").mkdir()  # one that never came to save a checkpoint
     config = to_dict(load_config(*GOOD, f"model.path={path / 'model'}", "data.train=rows.jsonl"))
     (path / "run" / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    (path / "other-version").mkdir()
+    (path / "other-version" / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config | {"colour": "red"})))
+    (path / "broken").mkdir()
+    (path / "broken" / "config.yaml").write_text("optim:\n  lr: [1\n")
     return path
 
 
@@ -226,6 +230,8 @@ USE = [
     (evaluate.main, ["run", "--data", "long.jsonl"], "long.jsonl, line 6: the prompt has "),
     (evaluate.main, ["run", "--data", "rows.jsonl", "--out", "used"], "--out: used is a folder, wanted a file"),
     (evaluate.main, ["run", "--data", "rows.jsonl", "--out", "/proc/samples"], "--out: /proc/samples cannot be written ("),
+    (generate.main, ["other-version", "2 + 2?"], "error: other-version/config.yaml: colour: no such option; "),
+    (export.main, ["broken", "exported"], "error: broken/config.yaml, line "),
     (export.main, ["run", "exported"], "run: has no finished checkpoint"),
     (export.main, ["run", "/proc/exported"], "DIR: /proc/exported cannot be written ("),
 ]

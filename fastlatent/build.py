@@ -127,8 +127,8 @@ def check_method(config: Config, tokenizer) -> list[str]:
 
 def policy(config: Config, *, has_reference: bool = False) -> Policy:
     """The trainable policy, its masters in float32, the method's parameters drawn from the run's seed."""
-    path = models.resolve_model(config.model.path)
-    model = models.load_causal_lm(path, torch.float32, config.model.trust_remote_code).to(device_of(config))
+    path, device = models.resolve_model(config.model.path), device_of(config)
+    model = models.load_causal_lm(path, torch.float32, config.model.trust_remote_code).to(device)
     torch.manual_seed(config.seed)  # the initialisers of method parameters and adapters are the only ones to draw from it
     return Policy(model.train(), config.model, method_of(config), config.method, has_reference=has_reference)
 

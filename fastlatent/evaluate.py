@@ -20,7 +20,7 @@ from fastlatent.rewards.pool import RewardPool
 from fastlatent.rollout.failure import kept_in
 from fastlatent.schema import Config
 from fastlatent.step_metrics import sample_row
-from fastlatent.trained import add_arguments, add_engine, open_run, run_config
+from fastlatent.trained import add_arguments, add_engine, check_samples, open_run, run_config
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -81,13 +81,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--limit", type=int, default=0, help="only the first N questions")
     parser.add_argument("--out", metavar="FILE", help="where the samples go (default: RUN/evaluation-<step>.jsonl)")
     args = parser.parse_args(argv)
-    if args.samples < 0 or args.limit < 0:
-        raise UserError("--samples, --limit: wanted 0 or more")
+    check_samples(args.samples)
+    if args.limit < 0:
+        raise UserError(f"--limit: wanted 0 or more, got {args.limit}")
     if args.data and not Path(args.data).is_file():
         raise UserError(f"--data: {args.data}: no such file")
     if args.out and not Path(args.out).parent.is_dir():
         raise UserError(f"--out: {Path(args.out).parent} is no folder")
     config = run_config(args.run, args.device, args.engine)
+    build.check_model(config)
     check_writable("--out", Path(args.out or Path(args.run) / "evaluation.jsonl"))
     tokenizer = build.tokenizer(config)
     prompts = [make_prompt(tokenizer, example, config.chat) for example in _examples(config, args.data, args.limit)]

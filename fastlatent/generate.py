@@ -10,11 +10,10 @@ from fastlatent import build
 from fastlatent.cli import Parser, run_command
 from fastlatent.data.base import Example
 from fastlatent.data.chat import make_prompt
-from fastlatent.errors import UserError
 from fastlatent.evaluation import EVAL_STEP
 from fastlatent.rollout import failure
 from fastlatent.schema import ChatConfig
-from fastlatent.trained import Trained, add_arguments, add_engine, open_run, run_config
+from fastlatent.trained import Trained, add_arguments, add_engine, check_samples, open_run, run_config
 from fastlatent.types import Prompt, Request, Rollout
 
 
@@ -50,9 +49,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("question")
     parser.add_argument("--samples", type=int, default=0, help="draw this many samples instead of the greedy completion")
     args = parser.parse_args(argv)
-    if args.samples < 0:
-        raise UserError(f"--samples: wanted 0 or more, got {args.samples}")
+    check_samples(args.samples)
     config = run_config(args.run, args.device, args.engine)
+    build.check_model(config)
     prompt_of(args.question, build.tokenizer(config), config.chat)  # what it refuses is known before weights are loaded
     trained = open_run(args.run, args.checkpoint, args.device, args.engine)
     with failure.kept_in(Path(args.run)):

@@ -45,6 +45,12 @@ def add_engine(parser) -> None:
     parser.add_argument("--engine", default=None, metavar="NAME", help="hf or vllm (default: as trained)")
 
 
+def check_samples(num_samples: int) -> None:
+    """UserError for a `--samples` that cannot be: step and sample share 32 bits of the noise counter."""
+    if not 0 <= num_samples <= 2**16:
+        raise UserError(f"--samples: wanted 0 to {2**16}, got {num_samples}")
+
+
 def run_config(folder: str, device: str | None = None, engine: str | None = None) -> Config:
     """The configuration of a run as it is used here: where nothing is learnt, on this device, by this engine."""
     path = Path(folder) / "config.yaml"

@@ -266,6 +266,7 @@ ERRORS = [
     ("optim.warmup_ratio=0.1", "optim.warmup_ratio: optim.schedule=constant does not warm up"),
     ("eval.every=-1", "eval.every: wanted at least 0, got -1"),
     ("eval.every=0", "eval.ablations: needs eval.every"),
+    ("eval.num_samples=65537", "eval.num_samples: wanted at most 65536, got 65537"),
     ("checkpoint.every=-1", "checkpoint.every: wanted at least 0, got -1"),
     ("checkpoint.keep=0", "checkpoint.keep: wanted at least 1, got 0"),
     ("model.lora={dropout: 1}", "model.lora.dropout: wanted 0 to below 1, got 1.0"),

@@ -56,8 +56,8 @@ ABOVE = {
 
 AT_MOST = {
     # step and sample share 32 bits of the noise counter; the last step numbers are the parity probe's and evaluation's
-    "num_steps": 2**16 - 2, "group_size": 2**16, "eval.num_samples": 2**16, "seed": 2**63 - 1, "sampling.top_p": 1, "objective.clip_low": 1,
-    "mismatch.ratio_min": 1, "sft.decay": 1, "optim.warmup_ratio": 1,
+    "num_steps": 2**16 - 2, "group_size": 2**16, "eval.num_samples": 2**16, "seed": 2**63 - 1, "sampling.top_p": 1,
+    "objective.clip_low": 1, "mismatch.ratio_min": 1, "sft.decay": 1, "optim.warmup_ratio": 1,
 }
 
 

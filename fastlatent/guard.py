@@ -26,8 +26,8 @@ class Guard:
         self.path: Path | None = None  # of the last reproduction file
 
     def check_drawn(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Raise TrainingDiverged where weights that are not finite drew these. The loss would not tell: their completions are all
-        alike, so are the rewards, and nothing is learnt from them."""
+        """Raise TrainingDiverged where weights that are not finite drew these. The loss would not tell: their completions are
+        all alike, so are the rewards, and nothing is learnt from them."""
         if not all(math.isfinite(e) for r in rollouts for e, is_action in zip(r.entropy, r.acted, strict=True) if is_action):
             raise TrainingDiverged(f"the weights of step {step} are not finite, or give probabilities that are not; a lower "
                                    "optim.lr is the first thing to try")

@@ -70,7 +70,8 @@ class MetricsLog(StepLog):
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a log, without a last line that is not finished; empty where there is no log. UserError where it was damaged."""
+    """The rows of a log, without a last line that is not finished; empty where there is no log. UserError where it was
+    damaged."""
     if not Path(path).exists():
         return []
     content = Path(path).read_bytes()

@@ -335,7 +335,8 @@ def test_names_of_other_trainers_are_theirs_and_lead_to_options_of_ours():
     assert theirs >= {*option_names.TRL, *option_names.TRAINING_ARGUMENTS}
     assert {field.name for field in dataclasses.fields(TrlModelConfig)} >= set(option_names.MODEL_CONFIG)
     ours = {path for path, _, _ in options(Config)} | {"model.lora", "rewards.0.weight", "engine.name=vllm"}
-    ours |= {path for path, _, _ in options(HRPO.Config, "method")} | {path for path, _, _ in options(VLLMEngine.Config, "engine")}
+    for member, section in ((HRPO, "method"), (VLLMEngine, "engine")):
+        ours |= {path for path, _, _ in options(member.Config, section)}
     assert {path for meant in option_names.ELSEWHERE.values() for path in meant.split(" and ")} <= ours
 
 

@@ -181,7 +181,8 @@ def test_two_processes_cannot_write_one_run(tmp_path):
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_saved_to_go_on_from(tmp_path):
     folder = start(tmp_path, out="mine")
     for num_saved, there in enumerate(["no checkpoint is there", "step 1 is there"]):
-        sentence = rf"mine: cannot be written any more \(.*\); {there}; when it can, go on with .*mine/config.yaml out=.*mine resume=auto"
+        sentence = (rf"mine: cannot be written any more \(.*\); {there}; when it can, go on with "
+                    r".*mine/config.yaml out=.*mine resume=auto")
         with full_disk():
             with pytest.raises(UserError, match=sentence):
                 folder.log({"step": 1, "reward": 1.0})

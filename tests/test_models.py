@@ -305,6 +305,16 @@ def test_a_model_of_the_hub_is_known_once_it_is_here(converted, tmp_path, monkey
     assert model_files("some/model") == known
 
 
+def test_weights_that_the_hub_has_yet_to_send_are_not_waited_for_in_silence(converted, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="no causal language model could be loaded from 'some/model'"):
+        load_causal_lm("some/model", torch.float32)
+    assert capfd.readouterr().err == "fastlatent: fetching the weights of some/model from the Hugging Face hub\n"
+    load_causal_lm(str(converted), torch.float32)
+    assert capfd.readouterr().err == ""
+
+
 def break_config(**changes):
     def edit(folder: Path):
         config = json.loads((folder / "config.json").read_text())

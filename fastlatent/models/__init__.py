@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastlatent.errors import UserError
+from fastlatent.models.files import model_files
 from fastlatent.models.smollm2 import SMOLLM2, fetch
 
 if TYPE_CHECKING:
@@ -63,7 +65,9 @@ def load_causal_lm(path: str, dtype: torch.dtype, trust_remote_code: bool = Fals
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it would tear the live view
+    logging.disable_progress_bar()  # it would tear the live view; so gigabytes may come in silence, but for this line
+    if not Path(path).is_dir() and not model_files(path):
+        print(f"fastlatent: fetching the weights of {path} from the Hugging Face hub", file=sys.stderr, flush=True)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True)

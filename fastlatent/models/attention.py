@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastlatent.errors import UserError
-from fastlatent.models import head_size
+from fastlatent.models import head_size, short_attention
 from fastlatent.models.flash import Flash
 from fastlatent.types import Varlen
 
@@ -69,12 +69,16 @@ class Packed:
             key_SL = torch.cat([_gather(key, where.prefix_SP), key_SL], dim=2)
             value_SL = torch.cat([_gather(value, where.prefix_SP), value_SL], dim=2)
             mask = where.mask_SLK[:, None]
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key_SL, value_SL = key_SL.repeat_interleave(groups, dim=1), value_SL.repeat_interleave(groups, dim=1)
-        # right-padded causal attention needs no mask: a real token never sees the pads behind it
-        out = scaled_dot_product_attention(
-            _gather(query, where.unpack_SL), key_SL, value_SL, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        query_SL = _gather(query, where.unpack_SL)
+        if short_attention.is_faster(query_SL, key_SL):
+            out = short_attention.attend(query_SL, key_SL, value_SL, where.mask_SLK, scaling)
+        else:
+            groups = query.shape[1] // key.shape[1]
+            if groups > 1:
+                key_SL, value_SL = key_SL.repeat_interleave(groups, dim=1), value_SL.repeat_interleave(groups, dim=1)
+            # right-padded causal attention needs no mask: a real token never sees the pads behind it
+            out = scaled_dot_product_attention(
+                query_SL, key_SL, value_SL, attn_mask=mask, is_causal=mask is None, scale=scaling)
         return out.transpose(1, 2).flatten(0, 1)[where.repack_T][None]
 
 

@@ -3,7 +3,6 @@ learns against float64, and whole runs with it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import feedback
@@ -151,11 +150,7 @@ QUESTION = "Tom has 12 apples and buys 30 more."
 
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
-    tiny.save(tmp_path / "model")
-    (tmp_path / "checksum.py").write_text(test_resume.REWARD)
-    rows = [{"question": f"Tom has {n} apples and buys 30 more.", "answer": str(n + 30)} for n in range(16)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    test_resume.enter(monkeypatch, tmp_path)
+    test_resume.enter(monkeypatch, tiny.working_folder(tmp_path))
 
 
 @pytest.mark.parametrize("method", feedback.NAMES)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 
-import feedback
 import pytest
 import tiny
 import torch
+from test_replay import EVERY, FORCED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlatent.errors import UserError
@@ -17,9 +17,7 @@ from fastlatent.rollout.hf_engine import HFEngine
 from fastlatent.schema import AnswerConfig, ThinkingConfig
 from fastlatent.types import Capability, Sampling
 
-EVERY = [*METHODS.names(), *feedback.NAMES]
 FREE = (ThinkingConfig(end="####"), AnswerConfig())
-FORCED = (ThinkingConfig(end="####", force="\n#### ", max_tokens=12, stop=["\n"]), AnswerConfig(max_tokens=6, stop=["\n"]))
 SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
 
 
